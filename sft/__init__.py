@@ -1,0 +1,1 @@
+"""What more than one of the scripts and notebooks needs; each module is one noun."""

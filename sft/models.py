@@ -1,0 +1,136 @@
+"""Tokenizer and model of either family, loaded from a folder or a hub id, with mistakes told in one line."""
+
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sft.program import UserError, one_line
+from sft.prompts import chat_template
+
+HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
+
+
+def locate(name_or_path: str, cache_dir: str | None = None) -> str:
+    """Return where to load a model from: a folder as given, a hub id, or its folder in the local cache.
+
+    The cache serves where the hub cannot be reached, without waiting for the hub client's half minute of retries.
+    Raises UserError if there is no such folder, and no such model in the hub or in the cache.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return name_or_path
+    if not folder.is_file() and not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
+        return name_or_path
+    cached = None if folder.is_file() else _cached_config(name_or_path, cache_dir)
+    if cached:
+        return str(Path(cached).parent)
+    raise UserError(
+        f"{name_or_path} is no folder here, not in the local cache, and {constants.ENDPOINT} "
+        f"{'is not asked (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else 'cannot be reached'}; "
+        "give the path of a downloaded model folder, or set HF_ENDPOINT to a mirror"
+    )
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        httpx.head(endpoint, timeout=HUB_TIMEOUT)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _cached_config(name: str, cache_dir: str | None) -> str | None:
+    try:
+        found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedConfig:
+    """Return the configuration of the causal language model at a folder or hub id.
+
+    The classes are always transformers' own; code that lies beside a model is never run. Raises UserError if there
+    is no such model, it cannot be reached, or it is no causal language model.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name_or_path} is a folder without config.json; expected a Hugging Face model folder (config.json, "
+            "tokenizer.json, *.safetensors) or a hub id such as bigscience/bloom-560m"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{name_or_path} cannot be read as a model: {one_line(error)}; expected a Hugging Face model folder or a "
+            "hub id such as bigscience/bloom-560m"
+        ) from None
+    supported = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    architectures = config.architectures or []
+    if supported is None or (architectures and supported.__name__ not in architectures and _is_encoder(config)):
+        raise UserError(
+            f"{name_or_path} is a {config.model_type} ({', '.join(architectures) or 'no architecture named'}); "
+            "expected a causal language model, such as bigscience/bloom-560m or tiiuae/falcon-7b"
+        )
+    return config
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Tell whether a model of a family that knows both directions (bert, roberta) reads in both."""
+    return getattr(config, "is_decoder", None) is False
+
+
+def load_tokenizer(
+    name_or_path: str, model_max_length: int | None = None, cache_dir: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a pad token and the chat template that training, notebook and app share.
+
+    Falcon has no pad token; its eos serves, since labels never come from token ids here. Raises UserError if there
+    is no fast tokenizer or no eos token.
+    """
+    extra = {"model_max_length": model_max_length} if model_max_length else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False, **extra)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer of {name_or_path} cannot be loaded ({one_line(error)}); expected tokenizer.json and "
+            "tokenizer_config.json beside config.json; copy them from the base model"
+        ) from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name_or_path} has no {'eos token' if tokenizer.is_fast else 'fast form'}; expected "
+            "a tokenizer.json with an eos token, as bigscience/bloom-560m and tiiuae/falcon-7b have"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    begins = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = chat_template(tokenizer.bos_token if begins else "", tokenizer.eos_token)
+    # Falcon's forward takes no token types, which older tokenizer files would send it.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def load_model(name_or_path: str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None) -> PreTrainedModel:
+    """Return the model with its weights in `dtype`; no device map, so DeepSpeed may place them.
+
+    Raises UserError if the weights are missing or cannot be read.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the weights of {name_or_path} cannot be loaded: {one_line(error)}") from None

@@ -1,0 +1,112 @@
+"""The prompt: the only place where its text stands. Standard library only.
+
+The two templates are Stanford Alpaca's, to the letter (https://github.com/tatsu-lab/stanford_alpaca, Apache-2.0):
+one for a task with an input, one for a task without. A conversation of one turn is a task without input; one of
+several turns is written the way BelleGroup's multiturn_chat_0.8M writes it, in the place of the instruction.
+"""
+
+from collections.abc import Sequence
+
+PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+PROMPT_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+# A reply that runs into one of these has begun to write the next turn by itself.
+STOP_MARKERS = ("\n### Instruction", "\nHuman:")
+
+
+def build_prompt(instruction: str, input: str = "") -> str:
+    """Return the prompt of one task; the answer follows it directly."""
+    if input:
+        return PROMPT_INPUT.format(instruction=instruction, input=input)
+    return PROMPT_NO_INPUT.format(instruction=instruction)
+
+
+def body_spans(instruction: str, input: str = "") -> list[tuple[int, int]]:
+    """Return where the user's own text stands in `build_prompt(instruction, input)`.
+
+    Each span is (first character, one past the last). Spans come in the order in which they may be shortened:
+    the input before the instruction, since the instruction names the task.
+    """
+    if not input:
+        start = PROMPT_NO_INPUT.index("{instruction}")
+        return [(start, start + len(instruction))]
+    start = PROMPT_INPUT.index("{instruction}")
+    between = PROMPT_INPUT.index("{input}") - start - len("{instruction}")
+    input_start = start + len(instruction) + between
+    return [(input_start, input_start + len(input)), (start, start + len(instruction))]
+
+
+def build_chat_prompt(messages: Sequence[dict[str, str]]) -> str:
+    """Return the prompt for the assistant's next reply.
+
+    `messages` are {"role", "content"} in turns: at most one "system" first, then "user" and "assistant" by turns,
+    "user" last. Raises ValueError on any other order.
+    """
+    system, turns = split_system(messages)
+    if len(turns) == 1:
+        return build_prompt(system + turns[0]["content"])
+    names = {"user": "Human:", "assistant": "Assistant:"}
+    history = "".join(f"{names[turn['role']]}{turn['content']}\n" for turn in turns)
+    return build_prompt(f"{system}{history}Assistant:")
+
+
+def split_system(messages: Sequence[dict[str, str]]) -> tuple[str, Sequence[dict[str, str]]]:
+    """Split off the system message, ended by a newline ("" if there is none), and check the order of the rest."""
+    system, turns = "", messages
+    if messages and messages[0]["role"] == "system":
+        system, turns = messages[0]["content"] + "\n", messages[1:]
+    expected = ["user", "assistant"] * len(turns)
+    roles = [turn["role"] for turn in turns]
+    if len(roles) % 2 == 0 or roles != expected[: len(roles)]:
+        raise ValueError(f"a conversation alternates user and assistant and ends with user; got {roles}")
+    return system, turns
+
+
+def chat_template(bos_token: str = "", eos_token: str = "") -> str:
+    """Return `build_chat_prompt` as a Jinja template, the form in which a tokenizer carries it.
+
+    `bos_token` is put first, for tokenizers that begin every text with one. With messages that end in an
+    assistant's reply the template gives that reply and `eos_token` too.
+    """
+    before, after = PROMPT_NO_INPUT.split("{instruction}")
+    return (
+        _JINJA.replace("BEFORE", _quote(bos_token + before))
+        .replace("AFTER", _quote(after))
+        .replace("EOS", _quote(eos_token))
+    )
+
+
+def _quote(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+_JINJA = """\
+{%- set system = messages[0].content + "\\n" if messages and messages[0].role == "system" else "" -%}
+{%- set turns = messages[1:] if system else messages -%}
+{%- set answered = turns and turns[-1].role == "assistant" -%}
+{%- set asked = turns[:-1] if answered else turns -%}
+{%- if asked | length % 2 == 0 -%}
+    {{- raise_exception("a conversation alternates user and assistant and begins with user") -}}
+{%- endif -%}
+{{- BEFORE + system -}}
+{%- for turn in asked -%}
+    {%- if turn.role != ("user" if loop.index0 % 2 == 0 else "assistant") -%}
+        {{- raise_exception("a conversation alternates user and assistant and begins with user") -}}
+    {%- endif -%}
+    {%- if asked | length == 1 -%}
+        {{- turn.content -}}
+    {%- else -%}
+        {{- ("Human:" if turn.role == "user" else "Assistant:") + turn.content + "\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if asked | length > 1 -%}{{- "Assistant:" -}}{%- endif -%}
+{{- AFTER -}}
+{%- if answered -%}{{- turns[-1].content + EOS -}}{%- endif -%}
+"""

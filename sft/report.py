@@ -1,0 +1,141 @@
+"""What a run says of itself: the header before it, the loss curve and the model card after it."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from sft.dataset import IGNORE_INDEX, DataReport
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "datasets")
+BASE_LICENCES = {
+    "bloom": "BLOOM is under the BigScience RAIL licence 1.0, whose restrictions of use pass on to this model.",
+    "falcon": "Falcon-7b and -40b are under Apache-2.0; see the base model's own card for other sizes.",
+}
+
+
+def data_line(report: DataReport) -> str:
+    """Return rows read, kept, cut and dropped, and their tokens, as one line."""
+    return (
+        f"{report.rows:,} rows read: {report.kept:,} kept ({len(report.cut):,} of them cut), "
+        f"{len(report.dropped):,} dropped; {report.tokens:,} tokens, {report.labelled_tokens:,} of them trained; "
+        f"longest {report.longest:,}"
+    )
+
+
+def write_data_report(report: DataReport, path: Path) -> None:
+    """Write one JSON line for every row that was cut or dropped: its file and line, and what was done and why."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in [*report.dropped, *report.cut]]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_characters: int = 1000) -> str:
+    """Return an example as the model sees it, decoded from its ids, the trained parts between ⟦ and ⟧.
+
+    Of a longer text the middle is left out.
+    """
+    text = ""
+    tokens = zip(example["input_ids"], example["labels"], strict=True)
+    for trained, run in groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
+        piece = tokenizer.decode([token_id for token_id, _ in run])
+        text += f"⟦{piece}⟧" if trained else piece
+    left_out = len(text) - max_characters
+    if left_out <= 0:
+        return text
+    half = max_characters // 2
+    return f"{text[:half]} ... [{left_out:,} characters] ... {text[-half:]}"
+
+
+def steps_line(args: TrainingArguments, num_examples: int) -> tuple[str, int]:
+    """Return the arithmetic of a run, and how many optimizer steps it makes."""
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batches = -(-num_examples // (args.train_batch_size * args.world_size))
+    steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
+    num_steps = args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * steps_per_epoch // 1)
+    return (
+        f"{examples_per_step} examples a step = {args.train_batch_size} per device x "
+        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process"
+        f"{'es' * (args.world_size > 1)}; {num_steps:,} steps = {num_steps / steps_per_epoch:g} epochs; "
+        f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+    ), num_steps
+
+
+def device_line(args: TrainingArguments) -> str:
+    """Return where a run computes and in which precision; the master weights are always fp32."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
+    computed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    deepspeed = f", DeepSpeed {Path(str(args.deepspeed)).name}" if args.deepspeed else ""
+    return f"{name} ({args.device.type}), fp32 weights, computed in {computed}{deepspeed}"
+
+
+def losses(log_history: Sequence[dict], name: str = "loss") -> list[tuple[int, float]]:
+    """Return (step, value) of every logged value of `name`, nats per labelled token for the losses."""
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+
+
+def plot_losses(log_history: Sequence[dict], path: Path) -> None:
+    """Draw the training loss, and the eval loss if there is one, over the steps, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # a server has no screen
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        if points := losses(log_history, name):
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None), title=path.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def model_card(
+    base: str, family: str, data: str, report: DataReport, args: TrainingArguments, log_history: Sequence[dict]
+) -> str:
+    """Return the README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
+    results = [
+        f"- {name} loss: {points[0][1]:.4f} at step {points[0][0]:,}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
+        for name, points in (("training", losses(log_history)), ("held-out", losses(log_history, "eval_loss")))
+        if points
+    ]
+    hub_base = f"base_model: {base}\n" if not Path(base).exists() else ""
+    licence = BASE_LICENCES.get(family, "See the base model's own card.")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+language: [zh]
+{hub_base}---
+
+# {Path(args.output_dir).name}
+
+{Path(base).name} fine-tuned on Chinese instructions, all weights, loss on the answers only.
+The prompt is in the tokenizer's chat template.
+
+## Data
+
+{data}: {data_line(report)}.
+
+## Run
+
+- {steps_line(args, report.kept)[0]}
+- length {args.model_max_length}, seed {args.seed}, {device_line(args)}
+- {", ".join(f"{library} {version(library)}" for library in LIBRARIES)}
+
+## Result
+
+{chr(10).join(results)}
+
+![loss curve](loss_curve.png)
+
+## Licences
+
+{licence}
+The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
+"""

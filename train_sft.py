@@ -1,0 +1,285 @@
+"""Fine-tune BLOOM, Falcon or another causal language model on instruction rows, all weights, loss on the answers only.
+
+    python train_sft.py --model_name_or_path bigscience/bloom-560m --data_path data_proj/opendata \\
+        --output_dir output_dir/bloom-560m [any flag of transformers.TrainingArguments]
+
+Running the same command again goes on from the newest complete checkpoint in --output_dir.
+Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md); Apache-2.0.
+"""
+
+import difflib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import transformers
+from datasets import Dataset, concatenate_datasets
+from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft import report
+from sft.dataset import IGNORE_INDEX, Collator, DataReport, load_examples
+from sft.models import load_config, load_model, load_tokenizer, locate
+from sft.program import UserError, one_line, run_program
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str = field(metadata={"help": "A Hugging Face model folder, or a hub id."})
+
+
+@dataclass
+class DataArguments:
+    """Which rows."""
+
+    data_path: str = field(metadata={"help": "A .json or .jsonl file of instruction rows, or a folder of them."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out rows, for an eval loss."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Without --eval_data_path: the share of the rows to hold out, chosen by --seed."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How to train: transformers' own arguments, with the defaults that fine-tuning wants."""
+
+    output_dir: str = field(kw_only=True, metadata={"help": "Where the fine-tuned model and its checkpoints go."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub files and tokenised rows are kept."})
+    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a row at most; longer rows are cut."})
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; by default where the GPU has bf16."})
+    fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default where the GPU lacks bf16."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
+
+    def __post_init__(self):
+        if self.bf16 is None and self.fp16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = on_gpu and not self.bf16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+        if self.n_gpu > 1:
+            # Without a launcher the Trainer would split each batch over all visible GPUs by DataParallel.
+            self._n_gpu = 1
+            if self.should_log:
+                print("one process uses one GPU; for every GPU of this host type: sh ds_all.sh")
+
+
+class OneLineParser(HfArgumentParser):
+    """A parser whose errors are one line, without the 200 lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python {self.prog} --help lists every flag")
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read the command line; raise UserError on a flag or value that does not fit."""
+    parser = OneLineParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"the flags do not fit together: {one_line(error)}") from None
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else f"python {parser.prog} --help lists every flag"
+        raise UserError(f"unknown flag {unknown[0]}; {hint}")
+    return tuple(parsed)
+
+
+def check_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise UserError on arguments that could only fail later."""
+    output_dir = Path(training_args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; expected a folder, new or of an earlier run")
+    if not 0 <= data_args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != training_args.world_size:
+        # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
+        raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and model
+
+
+def make_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer after making sure that there is a causal language model behind it."""
+    location = locate(model_args.model_name_or_path, training_args.cache_dir)
+    load_config(location, training_args.cache_dir)
+    return load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
+
+
+def make_model(
+    model_args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load the model with fp32 master weights; autocast or DeepSpeed computes in less."""
+    if training_args.deepspeed:
+        # ZeRO-3 splits the weights while they are read, so the ranks must know of each other by now.
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if training_args.use_cpu else "nccl")
+    location = locate(model_args.model_name_or_path, training_args.cache_dir)
+    model = load_model(location, torch.float32, training_args.cache_dir)
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.config.update(special_tokens)
+    model.generation_config = GenerationConfig(**special_tokens)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def make_data(
+    data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None, DataReport]:
+    """Return the examples to train on, those held out (None without any), and the report on the rows."""
+    cache_dir = training_args.cache_dir
+    train_dataset, data_report = load_examples(data_args.data_path, tokenizer, cache_dir)
+    eval_dataset = None
+    if data_args.eval_data_path:
+        eval_dataset, _ = load_examples(data_args.eval_data_path, tokenizer, cache_dir, flag="--eval_data_path")
+    elif data_args.eval_fraction:
+        if len(train_dataset) < 2:
+            raise UserError(f"--eval_fraction needs at least 2 rows; {data_args.data_path} has {len(train_dataset)}")
+        held_out = min(max(1, round(len(train_dataset) * data_args.eval_fraction)), len(train_dataset) - 1)
+        split = train_dataset.train_test_split(held_out, seed=training_args.seed)
+        train_dataset, eval_dataset = split["train"], split["test"]
+    if eval_dataset is not None:
+        if training_args.eval_strategy == "no":
+            training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
+        eval_dataset = fill_last_batches(eval_dataset, training_args.eval_batch_size * training_args.world_size)
+    return train_dataset, eval_dataset, data_report
+
+
+def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
+    """Append examples without labels up to a multiple of all ranks' batches.
+
+    Ranks must run the same number of batches, and accelerate would fill the last ones with rows already counted.
+    """
+    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "place": "", "note": ""}
+    num_empty = -len(dataset) % multiple
+    return concatenate_datasets([dataset, Dataset.from_list([empty] * num_empty, dataset.features)])
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer, whose eval loss is the mean over all labelled tokens, whatever the batches."""
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""
+        self.eval_loss_sum, self.eval_num_labels = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor([self.eval_loss_sum, self.eval_num_labels], dtype=torch.float64, device=self.args.device)
+        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
+        loss = loss_sum / num_labels
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # 709 would overflow
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add the batch's loss and labels to this rank's sums; return its summed loss."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss_sum = model(**inputs, num_items_in_batch=1).loss.detach()
+        self.eval_loss_sum += loss_sum.item()
+        self.eval_num_labels += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+        return loss_sum, None, None
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """Return the newest complete checkpoint in `output_dir`; trainer_state.json is written last in each."""
+    folders = Path(output_dir).glob("checkpoint-*[0-9]")
+    for folder in sorted(folders, key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, ValueError):
+            print(f"{folder} is incomplete and left aside", file=sys.stderr)
+    return None
+
+
+def print_header(
+    model: PreTrainedModel, train_dataset: Dataset, data_report: DataReport, trainer: Trainer, checkpoint: str | None
+) -> None:
+    """Print what this run is about to do, and one example as the model sees it."""
+    args = trainer.args
+    lines = {
+        "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
+        "data": report.data_line(data_report),
+        "steps": report.steps_line(args, len(train_dataset))[0],
+        "device": report.device_line(args),
+        "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
+        "example": report.marked_example(trainer.processing_class, train_dataset[0]),
+    }
+    for name, text in lines.items():
+        print(f"{name:8} {text}", flush=True)
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Count the parameters, also where ZeRO-3 has split them over the ranks."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def save(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments, data_report: DataReport) -> None:
+    """Write the model folder: weights, tokenizer, state, loss curve and model card."""
+    args = trainer.args
+    trainer.model.config.use_cache = True  # off in training, wanted by whoever loads the folder to generate
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    output_dir, history = Path(args.output_dir), trainer.state.log_history
+    report.plot_losses(history, output_dir / "loss_curve.png")
+    card = report.model_card(
+        model_args.model_name_or_path, trainer.model.config.model_type, data_args.data_path, data_report, args, history
+    )
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
+    if logged := report.losses(history):
+        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {logged[-1][0]:,} steps; saved in {output_dir}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    """Fine-tune as the command line says."""
+    model_args, data_args, training_args = parse_arguments()
+    check_arguments(data_args, training_args)
+    transformers.set_seed(training_args.seed)
+
+    tokenizer = make_tokenizer(model_args, training_args)
+    train_dataset, eval_dataset, data_report = make_data(data_args, training_args, tokenizer)
+    model = make_model(model_args, training_args, tokenizer)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        print_header(model, train_dataset, data_report, trainer, checkpoint)
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        report.write_data_report(data_report, Path(training_args.output_dir, "data_report.jsonl"))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, model_args, data_args, data_report)
+
+
+if __name__ == "__main__":
+    run_program(main)
