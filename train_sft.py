@@ -248,7 +248,8 @@ def save(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments,
     )
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
-        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {logged[-1][0]:,} steps; saved in {output_dir}")
+        steps = trainer.state.global_step
+        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {steps:,} steps; saved in {output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

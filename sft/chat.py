@@ -93,7 +93,14 @@ class ChatModel:
         return Reply(self, prompt, sampling)
 
     def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> "Reply":
-        """Return the reply to a conversation of {"role", "content"} messages, the user's last."""
+        """Return the reply to a conversation of {"role", "content"} messages, the user's last.
+
+        Where the conversation and an answer of the longest length do not fit, the oldest turns are left out.
+        """
+        room = self.tokenizer.model_max_length - sampling.max_new_tokens
+        messages = list(messages)
+        while len(messages) > 2 and len(self.tokenizer(build_chat_prompt(messages)).input_ids) > room:
+            del messages[:2]
         return self.stream(build_chat_prompt(messages), sampling)
 
 
