@@ -5,14 +5,13 @@
 The page speaks the browser's language, Chinese or English. It answers on this machine only (127.0.0.1).
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import gradio as gr
 
 from sft.chat import ChatModel, Sampling
-from sft.program import UserError, run_program
+from sft.program import ArgumentParser, UserError, run_program
 
 TRANSLATIONS = {
     "en": {
@@ -105,7 +104,7 @@ def build_page(chat: ChatModel, title: str) -> gr.ChatInterface:
 
 def main() -> None:
     """Load the checkpoint and serve the page until interrupted."""
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint in the browser.")
+    parser = ArgumentParser(description="Chat with a checkpoint in the browser.")
     parser.add_argument("--checkpoint", required=True, help="a model folder or a hub id")
     parser.add_argument("--port", type=int, default=7860, help="the port on 127.0.0.1")
     arguments = parser.parse_args()

@@ -14,7 +14,6 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import transformers
@@ -24,7 +23,7 @@ from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, Pr
 from sft import report
 from sft.dataset import IGNORE_INDEX, Collator, DataReport, load_examples
 from sft.models import load_config, load_model, load_tokenizer, locate
-from sft.program import UserError, one_line, run_program
+from sft.program import OneLineErrors, UserError, one_line, run_program
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -75,16 +74,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 print("one process uses one GPU; for every GPU of this host type: sh ds_all.sh")
 
 
-class OneLineParser(HfArgumentParser):
-    """A parser whose errors are one line, without the 200 lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python {self.prog} --help lists every flag")
+class Parser(OneLineErrors, HfArgumentParser):
+    """A parser of dataclasses with errors of one line."""
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Read the command line; raise UserError on a flag or value that does not fit."""
-    parser = OneLineParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser = Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, OSError) as error:
@@ -92,7 +88,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else f"python {parser.prog} --help lists every flag"
+        hint = f"did you mean {close[0]}?" if close else "--help lists every flag"
         raise UserError(f"unknown flag {unknown[0]}; {hint}")
     return tuple(parsed)
 
@@ -219,7 +215,7 @@ def print_header(
     lines = {
         "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
         "data": report.data_line(data_report),
-        "steps": report.steps_line(args, len(train_dataset))[0],
+        "steps": report.steps_line(args, len(train_dataset)),
         "device": report.device_line(args),
         "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
         "example": report.marked_example(trainer.processing_class, train_dataset[0]),

@@ -4,7 +4,6 @@ python -m sft.chat output_dir/demo                                  # talk to it
 python -m sft.chat output_dir/demo --recall data_proj/sample --rows 3  # does it give the answers it was taught?
 """
 
-import argparse
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from sft.models import load_config, load_model, load_tokenizer, locate
-from sft.program import UserError, run_program
+from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import STOP_MARKERS, build_chat_prompt, build_prompt
 from sft.shards import find_shards, read_rows
 
@@ -254,7 +253,7 @@ def _ask() -> str:
 
 def main() -> None:
     """Talk to a checkpoint, or check what it recalls of its training rows."""
-    parser = argparse.ArgumentParser(description="Talk to a checkpoint in the terminal; an empty line ends.")
+    parser = ArgumentParser(description="Talk to a checkpoint in the terminal; an empty line ends.")
     parser.add_argument("checkpoint", help="a model folder or a hub id")
     parser.add_argument("--recall", metavar="DATA", help="instead, ask rows of these shards and compare the answers")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to ask, the first of each shard")

@@ -1,13 +1,27 @@
 """How every program here runs and ends: a user's mistake is exit code 2 and one line, never a traceback."""
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake of the user's; the message says what was given, what was expected and what to type."""
+
+
+class OneLineErrors:
+    """For parsers: an error is a `UserError`, one line without the lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error that argparse found."""
+        raise UserError(f"{message}; --help lists every flag")
+
+
+class ArgumentParser(OneLineErrors, argparse.ArgumentParser):
+    """argparse's parser with errors of one line."""
 
 
 def one_line(error: BaseException) -> str:

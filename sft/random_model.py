@@ -4,7 +4,6 @@ The demo, the tests and the benchmarks run on these, so that none of them needs 
     python -m sft.random_model --shape bloom-demo --text data_proj/sample --output output_dir/demo_base
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sft.program import UserError, run_program
+from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import build_prompt
 from sft.shards import find_shards, read_rows
 
@@ -163,7 +162,7 @@ def read_texts(path: str) -> Iterator[str]:
 
 def main() -> None:
     """Write the model that the command line names."""
-    parser = argparse.ArgumentParser(description="Write a randomly initialised model with a trained tokenizer.")
+    parser = ArgumentParser(description="Write a randomly initialised model with a trained tokenizer.")
     parser.add_argument("--shape", required=True, choices=SHAPES, help="family and size")
     parser.add_argument("--text", required=True, help="shards whose prompts and answers train the vocabulary")
     parser.add_argument("--output", required=True, type=Path, help="the folder to write")

@@ -1,6 +1,7 @@
 """What a run says of itself: the header before it, the loss curve and the model card after it."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -51,18 +52,24 @@ def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_charac
     return f"{text[:half]} ... [{left_out:,} characters] ... {text[-half:]}"
 
 
-def steps_line(args: TrainingArguments, num_examples: int) -> tuple[str, int]:
-    """Return the arithmetic of a run, and how many optimizer steps it makes."""
-    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batches = -(-num_examples // (args.train_batch_size * args.world_size))
-    steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
-    num_steps = args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * steps_per_epoch // 1)
+def count_steps(args: TrainingArguments, num_examples: int) -> tuple[int, float]:
+    """Return how many optimizer steps a run makes, and how many epochs they are."""
+    batches = math.ceil(num_examples / (args.train_batch_size * args.world_size))
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    return num_steps, num_steps / steps_per_epoch
+
+
+def steps_line(args: TrainingArguments, num_examples: int) -> str:
+    """Return the arithmetic of a run: examples per step, steps, epochs, learning rate."""
+    num_steps, num_epochs = count_steps(args, num_examples)
     return (
-        f"{examples_per_step} examples a step = {args.train_batch_size} per device x "
-        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process"
-        f"{'es' * (args.world_size > 1)}; {num_steps:,} steps = {num_steps / steps_per_epoch:g} epochs; "
+        f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples a step = "
+        f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
+        f"{args.world_size} {'process' if args.world_size == 1 else 'processes'}; {num_steps:,} steps = "
+        f"{num_epochs:g} {'epoch' if num_epochs == 1 else 'epochs'}; "
         f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}"
-    ), num_steps
+    )
 
 
 def device_line(args: TrainingArguments) -> str:
@@ -124,7 +131,7 @@ The prompt is in the tokenizer's chat template.
 
 ## Run
 
-- {steps_line(args, report.kept)[0]}
+- {steps_line(args, report.kept)}
 - length {args.model_max_length}, seed {args.seed}, {device_line(args)}
 - {", ".join(f"{library} {version(library)}" for library in LIBRARIES)}
 
