@@ -15,10 +15,14 @@ CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
 
 demo() {
-    family=${FAMILY:-bloom}
+    case ${FAMILY:-bloom} in
+        bloom) family=bloom real=bigscience/bloom-560m ;;
+        falcon) family=falcon real=tiiuae/falcon-7b ;;
+        *) echo "error: FAMILY=$FAMILY; expected bloom or falcon" >&2 && exit 2 ;;
+    esac
     output=${OUTPUT:-output_dir/demo}
     echo "== 1/4  the sample rows -> ${output}_data"
-    SOURCE=sample ROWS_PER_SET=20 OUTPUT_FOLDER="${output}_data" "$PYTHON" -m IPython data_proj/process_data.ipynb
+    SOURCE=sample ROWS_PER_SET="${ROWS_PER_SET:-20}" OUTPUT_FOLDER="${output}_data" "$PYTHON" -m IPython data_proj/process_data.ipynb
     echo "== 2/4  a small random $family -> ${output}_base"
     "$PYTHON" -m sft.random_model --shape "$family-demo" --text "${output}_data" --output "${output}_base"
     echo "== 3/4  fine-tuning -> $output"
@@ -40,8 +44,8 @@ demo() {
 
 Next, chat with it (it knows the sample rows and nothing else):
     $PYTHON app.py --checkpoint $output
-The same on a real model: run data_proj/process_data.ipynb, then
-    MODEL=bigscience/bloom-560m sh base_run.sh
+The same on a real model and real data: run data_proj/process_data.ipynb, then
+    MODEL=$real OUTPUT=output_dir/mine sh base_run.sh
 NEXT
 }
 

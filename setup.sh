@@ -1,7 +1,7 @@
 # Sourced by the scripts, which set `here` to this folder first:
 #   here=$(cd "$(dirname "$0")" && pwd); . "$here/setup.sh"; set_up "$here/requirements.txt"
-# Afterwards PYTHON is an interpreter that holds every pinned requirement: $PYTHON or the active one if it does,
-# otherwise that of .venv, which is made and filled once.
+# Afterwards PYTHON is the path of an interpreter that holds every pinned requirement: $PYTHON or the active one if
+# it does, otherwise that of .venv, which is made and filled once.
 
 pins_met='
 import sys
@@ -15,11 +15,11 @@ for path in sys.argv[1:]:
             met = False
         if not met:
             sys.exit(1)
+print(sys.executable)
 '
 
 set_up() {
-    active=${PYTHON:-}
-    for candidate in $active python3 python python3.13 python3.12 python3.11; do
+    for candidate in "${PYTHON:-python3}" python3 python python3.13 python3.12 python3.11; do
         if command -v "$candidate" >/dev/null 2>&1 &&
             "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             active=$candidate
@@ -31,8 +31,8 @@ set_up() {
         echo "error: no Python 3.11 or newer found; install one, or give its path: PYTHON=/path/to/python3 sh $0" >&2
         exit 2
     fi
-    for PYTHON in "$active" "$here/.venv/bin/python"; do
-        if [ -x "$(command -v "$PYTHON")" ] && "$PYTHON" -c "$pins_met" "$@" 2>/dev/null; then
+    for candidate in "$active" "$here/.venv/bin/python"; do
+        if PYTHON=$("$candidate" -c "$pins_met" "$@" 2>/dev/null); then
             export PYTHON
             return 0
         fi
@@ -42,6 +42,7 @@ set_up() {
         echo "error: $active cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 2
     }
+    PYTHON=$here/.venv/bin/python
     for requirements in "$@"; do
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     done

@@ -74,6 +74,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 print("one process uses one GPU; for every GPU of this host type: sh ds_all.sh")
 
 
+# Flags of Alpaca-style commands that transformers has since renamed.
+RENAMED_FLAGS = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--warmup_ratio": "--warmup_steps with the ratio, such as 0.03",
+}
+
+
 class Parser(OneLineErrors, HfArgumentParser):
     """A parser of dataclasses with errors of one line."""
 
@@ -86,10 +93,10 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     except (ValueError, OSError) as error:
         raise UserError(f"the flags do not fit together: {one_line(error)}") from None
     if unknown:
+        flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "--help lists every flag"
-        raise UserError(f"unknown flag {unknown[0]}; {hint}")
+        close = [RENAMED_FLAGS[flag]] if flag in RENAMED_FLAGS else difflib.get_close_matches(flag, known, 1, 0.75)
+        raise UserError(f"unknown flag {flag}; {f'type {close[0]}' if close else '--help lists every flag'}")
     return tuple(parsed)
 
 
@@ -151,10 +158,8 @@ def make_data(
         held_out = min(max(1, round(len(train_dataset) * data_args.eval_fraction)), len(train_dataset) - 1)
         split = train_dataset.train_test_split(held_out, seed=training_args.seed)
         train_dataset, eval_dataset = split["train"], split["test"]
-    if eval_dataset is not None:
-        if training_args.eval_strategy == "no":
-            training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
-        eval_dataset = fill_last_batches(eval_dataset, training_args.eval_batch_size * training_args.world_size)
+    if eval_dataset is not None and training_args.eval_strategy == "no":
+        training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
     return train_dataset, eval_dataset, data_report
 
 
@@ -165,7 +170,8 @@ def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
     """
     empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "place": "", "note": ""}
     num_empty = -len(dataset) % multiple
-    return concatenate_datasets([dataset, Dataset.from_list([empty] * num_empty, dataset.features)])
+    columns = {name: [value] * num_empty for name, value in empty.items()}
+    return concatenate_datasets([dataset, Dataset.from_dict(columns, dataset.features)])
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -173,6 +179,11 @@ def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
 
 class Trainer(transformers.Trainer):
     """transformers' Trainer, whose eval loss is the mean over all labelled tokens, whatever the batches."""
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None):
+        """Return the batches of the held-out rows, as many on each rank."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(fill_last_batches(dataset, self.args.eval_batch_size * self.args.world_size))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""
@@ -207,18 +218,19 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def print_header(
-    model: PreTrainedModel, train_dataset: Dataset, data_report: DataReport, trainer: Trainer, checkpoint: str | None
-) -> None:
+def print_header(trainer: Trainer, data_report: DataReport, checkpoint: str | None) -> None:
     """Print what this run is about to do, and one example as the model sees it."""
-    args = trainer.args
+    args, model = trainer.args, trainer.model
+    split = ""
+    if trainer.eval_dataset is not None:
+        split = f"; {len(trainer.train_dataset):,} trained on, {len(trainer.eval_dataset):,} held out"
     lines = {
         "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
-        "data": report.data_line(data_report),
-        "steps": report.steps_line(args, len(train_dataset)),
+        "data": report.data_line(data_report) + split,
+        "steps": report.steps_line(args, len(trainer.train_dataset)),
         "device": report.device_line(args),
         "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
-        "example": report.marked_example(trainer.processing_class, train_dataset[0]),
+        "example": report.marked_example(trainer.processing_class, trainer.train_dataset[0]),
     }
     for name, text in lines.items():
         print(f"{name:8} {text}", flush=True)
@@ -271,7 +283,7 @@ def main() -> None:
     )
     checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args.output_dir)
     if trainer.is_world_process_zero():
-        print_header(model, train_dataset, data_report, trainer, checkpoint)
+        print_header(trainer, data_report, checkpoint)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         report.write_data_report(data_report, Path(training_args.output_dir, "data_report.jsonl"))
     trainer.train(resume_from_checkpoint=checkpoint)

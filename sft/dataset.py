@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts, shards
@@ -56,13 +58,19 @@ def load_examples(
     """
     files = shards.find_shards(path, flag)
     check_length(tokenizer)
-    encoded = Dataset.from_generator(
-        encode_shards,
-        features=FEATURES,
-        cache_dir=cache_dir,
-        gen_kwargs={"files": files, "tokenizer": tokenizer},
-        fingerprint=_fingerprint(files, tokenizer),
-    )
+    disable_progress_bars()  # encode_shards has its own
+    try:
+        encoded = Dataset.from_generator(
+            encode_shards,
+            features=FEATURES,
+            cache_dir=cache_dir,
+            gen_kwargs={"files": files, "tokenizer": tokenizer},
+            fingerprint=_fingerprint(files, tokenizer),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
     lengths = pc.list_value_length(encoded.data.column("input_ids")).to_numpy()
     kept = lengths.nonzero()[0]
     if not len(kept):
@@ -100,7 +108,7 @@ def _fingerprint(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if `tokenizer.model_max_length` has no room for an answer behind the empty prompt."""
-    template = len(tokenizer(prompts.build_prompt("-", "-")).input_ids)
+    template = len(tokenizer(prompts.build_prompt("-", "-"), verbose=False).input_ids)
     if tokenizer.model_max_length < template + 2:
         raise UserError(
             f"--model_max_length {tokenizer.model_max_length} is too short: the prompt's own text is {template} "
@@ -111,6 +119,8 @@ def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
 def encode_shards(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
     """Yield the examples of every row of `files`, in order; a dropped row is an example without tokens."""
     rows = (row for file in files for row in shards.read_rows(file))
+    # Shown on a terminal, from the second second on.
+    rows = tqdm(rows, desc="tokenising", unit=" rows", delay=1, leave=False, disable=None)
     while some_rows := list(islice(rows, ROWS_PER_CALL)):
         yield from encode_rows(some_rows, tokenizer)
 

@@ -1,0 +1,91 @@
+"""Every command, path and number that both READMEs name, against the project."""
+
+import json
+import re
+import shlex
+from itertools import zip_longest
+
+import pytest
+from conftest import PROJECT, SAMPLE
+
+READMES = ["README.md", "README_zh.md"]
+MADE_BY_RUNS = ("output_dir", "data_proj/opendata", "my_rows", ".venv")
+
+
+def text_of(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """Return the words of every command line in the page's sh blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", text_of(name), re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_both_pages_have_the_same_commands_headings_rows_and_numbers():
+    english, chinese = map(text_of, READMES)
+    assert commands_of("README.md") == commands_of("README_zh.md")
+    for pattern in (r"^#+ ", r"^\|", r"^- ", r"^\d+\. "):
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, chinese, re.M)), pattern
+    numbers = [sorted(re.findall(r"\d[\d,.]*\d", page)) for page in (english, chinese)]
+    assert numbers[0] == numbers[1], [pair for pair in zip_longest(*numbers) if pair[0] != pair[1]][:5]
+    assert sorted(set(re.findall(r"`([^`\n]+)`", english))) == sorted(set(re.findall(r"`([^`\n]+)`", chinese)))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_file_that_a_command_names_exists(name):
+    paths = [word.split("=")[-1] for command in commands_of(name) for word in command]
+    paths = [path for path in paths if "/" in path or path.endswith((".py", ".sh", ".ipynb", ".txt", ".json"))]
+    own = [path for path in paths if not path.startswith((*MADE_BY_RUNS, "bigscience/", "tiiuae/", "/path/to"))]
+    assert len(own) > 8
+    assert [path for path in own if not (PROJECT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_file_in_the_tree_exists_and_every_file_is_in_the_tree(name):
+    tree = re.search(r"```\n(train_sft.py.*?)```", text_of(name), re.DOTALL)[1]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        first = line.split()[0]
+        folder = folder if line.startswith(" ") else first if first.endswith("/") else ""
+        listed |= {first} if not line.startswith(" ") else {folder + first}
+        listed |= {word for word in line.split()[1:] if word.endswith("_config.json")}
+    assert [path for path in listed if not (PROJECT / path).exists()] == []
+    code = {str(path.relative_to(PROJECT)) for path in (*PROJECT.glob("*.*"), *PROJECT.glob("sft/[!_]*.py"))}
+    code = {path for path in code if path.endswith((".py", ".sh", ".ipynb", ".json"))}
+    assert code <= listed, code - listed
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_flag_and_variable_is_known(name):
+    from train_sft import DataArguments, ModelArguments, Parser, TrainingArguments
+
+    parser = Parser((ModelArguments, DataArguments, TrainingArguments))
+    known = {option for action in parser._actions for option in action.option_strings}
+    known |= {"--demo", "--checkpoint"}
+    assert set(re.findall(r"(?<![\w-])--\w+", text_of(name))) <= known
+    sources = [*PROJECT.glob("*.sh"), *PROJECT.glob("data_proj/*.ipynb")]
+    source = "".join(path.read_text(encoding="utf-8") for path in sources) + "HF_ENDPOINT"
+    variables = set(re.findall(r"\b([A-Z_]{4,})=", text_of(name)))
+    assert len(variables) > 5 and [variable for variable in variables if variable not in source] == []
+
+
+def test_the_recipe_is_what_base_run_does():
+    script = (PROJECT / "base_run.sh").read_text()
+    for flag in ("num_train_epochs 3", "per_device_train_batch_size 1", "gradient_accumulation_steps 8"):
+        assert f"    --{flag} \\\n" in script
+    for flag in ("learning_rate 2e-5", "model_max_length 2048", "save_steps 500", "save_total_limit 2"):
+        assert f"    --{flag} \\\n" in script
+
+
+def test_the_models_table_is_sixteen_bytes_a_parameter():
+    rows = re.findall(r"^\| `\w+/[\w-]+` \| ([\d,]+) \| ([\d.]+) GiB \|$", text_of("README.md"), re.M)
+    assert len(rows) == 6
+    for parameters, gibibytes in rows:
+        assert f"{int(parameters.replace(',', '')) * 16 / 2**30:.1f}" == gibibytes
+
+
+def test_the_sample_has_as_many_rows_as_the_page_says():
+    num_rows = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in SAMPLE.glob("*.json"))
+    assert f"{num_rows} rows of our own" in text_of("README.md")
+    assert json.loads((SAMPLE / "own_with_input.json").read_text(encoding="utf-8").splitlines()[0])["input"]

@@ -1,0 +1,317 @@
+"""train_sft.py through its command line: losses, resuming, the folder it leaves, and mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, SAMPLE, TINY_SHAPES
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+HEAD = "Below is an instruction that describes a task"
+FIXED = ["--save_strategy", "no", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """Two dozen rows of all seven sample files."""
+    files = sorted(SAMPLE.glob("*.json"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()[:4]][:24]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def train(run: Callable, model: Path, data: Path, output: Path, *flags: object) -> subprocess.CompletedProcess:
+    arguments = ["--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--learning_rate", "1e-2"]
+    result = run("train_sft.py", *arguments, *flags)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def logged(output: Path, name: str = "loss") -> list[float]:
+    state = json.loads((output / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] if name in entry]
+
+
+def tensors_of(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    context = ", paired with an input that provides further context" if row["input"] else ""
+    body = f"{row['instruction']}\n\n### Input:\n{row['input']}" if row["input"] else row["instruction"]
+    prompt = tokenizer(
+        f"{HEAD}{context}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{body}\n\n### Response:"
+    ).input_ids
+    answer = [*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id]
+    return torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+
+
+def reference_losses(folder: Path, rows: list[dict], accumulated: int, num_steps: int) -> list[float]:
+    """The original's recipe over stock transformers: one example a forward, the mean over a step's labels."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, num_steps)
+    losses = []
+    for step in range(num_steps):
+        chosen = [rows[(step * accumulated + i) % len(rows)] for i in range(accumulated)]
+        batch = [tensors_of(row, tokenizer) for row in chosen]
+        num_labels = sum((labels != -100).sum() for _, labels in batch)
+        loss = 0.0
+        for input_ids, labels in batch:
+            logits = model(input_ids).logits[0, :-1]
+            share = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / num_labels
+            share.backward()
+            loss += share.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.parametrize("shape", TINY_SHAPES)
+def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, rows, tmp_path):
+    flags = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--num_train_epochs", 4]
+    train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
+    expected = reference_losses(make_model(shape), rows, accumulated=4, num_steps=24)
+    assert logged(tmp_path) == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0] - 0.1
+
+
+def test_accumulating_eight_examples_equals_a_batch_of_eight(run, make_model, data, tmp_path):
+    for batch, accumulated in ((1, 8), (8, 1)):
+        sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulated]
+        train(run, make_model("falcon-tiny"), data, tmp_path / str(batch), *FIXED, *sizes, "--num_train_epochs", 1)
+    assert logged(tmp_path / "1") == pytest.approx(logged(tmp_path / "8"), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run with held-out rows, and what it printed."""
+    output = tmp_path_factory.mktemp("finished") / "model"
+    dirty = tmp_path_factory.mktemp("dirty") / "rows.jsonl"
+    long_row = {"instruction": "很长的任务。" * 300, "input": None, "output": "好。"}
+    dirty_rows = [long_row, {"instruction": "问", "output": " "}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dirty_rows)
+    dirty.write_text(data.read_text(encoding="utf-8") + text, encoding="utf-8")
+    flags = ["--eval_data_path", data, "--per_device_eval_batch_size", "5", "--num_train_epochs", "2"]
+    flags += ["--model_max_length", "600", "--report_to", "tensorboard"]
+    result = subprocess.run(
+        [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", dirty]
+        + ["--output_dir", output, "--learning_rate", "1e-2", *flags],
+        cwd=PROJECT,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache_dir)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_the_eval_loss_is_the_saved_models_mean_over_all_labels(finished, rows):
+    output, _ = finished
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    loss_sum, num_labels = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            input_ids, labels = tensors_of(row, tokenizer)
+            logits = model(input_ids).logits[0, :-1]
+            loss_sum += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+            num_labels += (labels != -100).sum().item()
+    assert logged(output, "eval_loss")[-1] == pytest.approx(loss_sum / num_labels, rel=1e-5)
+    assert len(logged(output, "eval_loss")) == 2
+
+
+def test_the_saved_folder_is_a_plain_model_that_a_clean_process_loads(finished):
+    output, _ = finished
+    code = (
+        "import sys; from transformers import pipeline; p = pipeline('text-generation', sys.argv[1]);"
+        "print(type(p.model).__name__, p.model.generation_config.eos_token_id, p.model.generation_config.pad_token_id,"
+        "p.model.config.use_cache, len(p([{'role': 'user', 'content': '你好'}], max_new_tokens=3)))"
+    )
+    command = [sys.executable, "-c", code, output]
+    loaded = subprocess.run(command, cwd=output.parent, capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == ["BloomForCausalLM", "2", "3", "True", "1"]
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["BloomForCausalLM"]
+    assert (output / "model.safetensors").stat().st_size > 100_000
+
+
+def test_the_saved_chat_template_gives_the_training_prompt(finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    messages = [{"role": "user", "content": "你好"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt.startswith(HEAD) and prompt.endswith("### Instruction:\n你好\n\n### Response:")
+
+
+def test_curve_card_and_tensorboard_are_written(finished):
+    output, _ = finished
+    assert (output / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"{logged(output)[0]:.4f}" in card and f"{logged(output, 'eval_loss')[-1]:.4f}" in card
+    assert "research only" in card and "RAIL" in card
+    assert list(output.rglob("events.out.tfevents.*"))
+
+
+def test_cut_and_dropped_rows_are_reported_with_their_place(finished):
+    output, stdout = finished
+    lines = (output / "data_report.jsonl").read_text(encoding="utf-8").splitlines()
+    notes = {json.loads(line)["place"].split(":")[-1]: json.loads(line)["note"] for line in lines}
+    assert notes["25"].startswith("cut: ") and notes["26"] == "dropped: the output is empty"
+    assert re.search(r"26 rows read: 25 kept \((\d+) of them cut\), 1 dropped", stdout)
+
+
+def test_the_header_tells_steps_and_one_example_with_its_trained_part(finished, rows):
+    output, stdout = finished
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert f"{state['max_steps']:,} steps" in stdout and state["global_step"] == state["max_steps"]
+    assert "fp32 weights, computed in fp32" in stdout
+    assert f"### Response:⟦{rows[0]['output']}</s>⟧" in stdout
+    assert f"loss {logged(output)[0]:.4f} -> {logged(output)[-1]:.4f}" in stdout
+
+
+def test_a_held_out_share_is_not_trained_on(run, make_model, data, tmp_path):
+    flags = ["--eval_fraction", "0.25", "--max_steps", "1", "--save_strategy", "no"]
+    result = train(run, make_model("bloom-tiny"), data, tmp_path, *flags)
+    assert "24 rows read: 24 kept" in result.stdout and "18 trained on, 6 held out" in result.stdout
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_killed_and_started_again_equals_never_interrupted(run, make_model, data, cache_dir, tmp_path):
+    flags = ["--per_device_train_batch_size", "2", "--num_train_epochs", "3", "--save_steps", "5"]
+    train(run, make_model("bloom-tiny"), data, tmp_path / "whole", *flags)
+
+    killed = tmp_path / "killed"
+    command = [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", data]
+    command += ["--output_dir", killed, "--learning_rate", "1e-2", *flags]
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache_dir)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed / "checkpoint-10" / "trainer_state.json").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "finished before it was killed"
+
+    (killed / "checkpoint-99").mkdir()
+    again = train(run, make_model("bloom-tiny"), data, killed, *flags)
+    assert re.search(r"going on from \S+checkpoint-(10|15|20|25|30)", again.stdout)
+    assert "checkpoint-99 is incomplete" in again.stderr
+    whole, resumed = weights(tmp_path / "whole"), weights(killed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert logged(tmp_path / "whole") == logged(killed)
+
+
+def test_precision_follows_the_card(monkeypatch, tmp_path):
+    import transformers
+
+    from train_sft import TrainingArguments
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        arguments = TrainingArguments(output_dir=str(tmp_path))
+        assert (arguments.bf16, arguments.fp16) == (has_bf16, not has_bf16)
+    assert not any(
+        (TrainingArguments(output_dir="o", bf16=False).bf16, TrainingArguments(output_dir="o", bf16=False).fp16)
+    )
+    assert not TrainingArguments(output_dir="o", use_cpu=True).bf16
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+GOOD_ROW = '{"instruction": "a", "input": "", "output": "b"}\n'
+MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
+    "missing data": (lambda t, m: {"--data_path": t / "nowhere"}, "does not exist"),
+    "empty data folder": (lambda t, m: {"--data_path": (t / "empty")}, "holds no .json"),
+    "no output field": (
+        lambda t, m: {"--data_path": write(t / "a.json", GOOD_ROW + '{"instruction": "a"}\n')},
+        'a.json:2 has no "output"',
+    ),
+    "no instruction field": (
+        lambda t, m: {"--data_path": write(t / "a.json", '[{"prompt": "a", "output": "b"}]')},
+        'a.json[0] has no "instruction"',
+    ),
+    "not JSON": (lambda t, m: {"--data_path": write(t / "a.json", GOOD_ROW + "{oops\n")}, "a.json:2 is not JSON"),
+    "only empty outputs": (
+        lambda t, m: {"--data_path": write(t / "a.json", '{"instruction": "a", "output": ""}\n')},
+        "no row to train on",
+    ),
+    "unknown flag": (lambda t, m: {"--learnin_rate": "1"}, "type --learning_rate"),
+    "value of the wrong type": (lambda t, m: {"--learning_rate": "fast"}, "--learning_rate"),
+    "flags that contradict": (lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"}, "do not fit"),
+    "folder without config.json": (lambda t, m: {"--model_name_or_path": t / "empty"}, "without config.json"),
+    "model out of reach": (lambda t, m: {"--model_name_or_path": "nobody/nothing"}, "give the path of a downloaded"),
+    "no causal language model": (
+        lambda t, m: {"--model_name_or_path": write(t / "t5/config.json", '{"model_type": "t5"}').parent},
+        "expected a causal language model",
+    ),
+    "no weights": (
+        lambda t, m: {"--model_name_or_path": without_weights(m, t / "bare")},
+        "weights",
+    ),
+    "output is a file": (lambda t, m: {"--output_dir": write(t / "taken", "mine")}, "is a file"),
+    "length below the template": (lambda t, m: {"--model_max_length": "20"}, "--model_max_length 20 is too short"),
+    "share out of range": (lambda t, m: {"--eval_fraction": "2"}, "--eval_fraction 2.0"),
+    "missing flag": (lambda t, m: {"--data_path": None}, "--data_path"),
+}
+
+
+def without_weights(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, make_model, data, cache_dir, tmp_path, monkeypatch, capfd):
+    import train_sft
+    from sft.program import run_program
+
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "output"
+    make_flags, expected = MISTAKES[name]
+    model = make_model("bloom-tiny")
+    flags = {"--model_name_or_path": model, "--data_path": data, "--output_dir": output, "--cache_dir": cache_dir}
+    flags |= make_flags(tmp_path, model)
+    words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_program(train_sft.main)
+    assert ended.value.code == 2
+    printed = capfd.readouterr().err.splitlines()
+    assert len(printed) == 1 and printed[0].startswith("error: ") and expected in printed[0], printed
+    assert not output.exists()
+    assert not (tmp_path / "taken").exists() or (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_mistake_prints_no_traceback_from_the_shell(run, make_model, data, tmp_path):
+    given = ["--model_name_or_path", make_model("bloom-tiny"), "--data_path", data, "--output_dir", tmp_path / "o"]
+    result = run("train_sft.py", *given, "--warmup_ratio", "0.03")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: unknown flag --warmup_ratio; type --warmup_steps with the ratio, such as 0.03\n"
