@@ -251,9 +251,7 @@ def save(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments,
         return
     output_dir, history = Path(args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
-    card = report.model_card(
-        model_args.model_name_or_path, trainer.model.config.model_type, data_args.data_path, data_report, args, history
-    )
+    card = report.model_card(model_args.model_name_or_path, data_args.data_path, data_report, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step

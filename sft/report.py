@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from sft.dataset import IGNORE_INDEX, DataReport
 
@@ -103,17 +103,16 @@ def plot_losses(log_history: Sequence[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def model_card(
-    base: str, family: str, data: str, report: DataReport, args: TrainingArguments, log_history: Sequence[dict]
-) -> str:
+def model_card(base: str, data: str, report: DataReport, trainer: Trainer) -> str:
     """Return the README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
+    args, log_history = trainer.args, trainer.state.log_history
     results = [
         f"- {name} loss: {points[0][1]:.4f} at step {points[0][0]:,}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
         for name, points in (("training", losses(log_history)), ("held-out", losses(log_history, "eval_loss")))
         if points
     ]
     hub_base = f"base_model: {base}\n" if not Path(base).exists() else ""
-    licence = BASE_LICENCES.get(family, "See the base model's own card.")
+    licence = BASE_LICENCES.get(trainer.model.config.model_type, "See the base model's own card.")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -131,7 +130,7 @@ The prompt is in the tokenizer's chat template.
 
 ## Run
 
-- {steps_line(args, report.kept)}
+- {steps_line(args, len(trainer.train_dataset))}
 - length {args.model_max_length}, seed {args.seed}, {device_line(args)}
 - {", ".join(f"{library} {version(library)}" for library in LIBRARIES)}
 
