@@ -81,8 +81,10 @@ def build_page(chat: ChatModel, title: str) -> gr.ChatInterface:
     return gr.ChatInterface(
         answer_with(chat),
         title=title,
-        chatbot=gr.Chatbot(height="70vh", buttons=["copy"]),
-        textbox=gr.Textbox(placeholder=i18n("ask"), show_label=False, container=False),
+        chatbot=gr.Chatbot(height="70vh", show_label=False, buttons=["copy"]),
+        textbox=gr.Textbox(
+            placeholder=i18n("ask"), show_label=False, container=False, submit_btn=True, stop_btn=True, autofocus=True
+        ),
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
         additional_inputs=[
             gr.Slider(1, 2048, default.max_new_tokens, step=1, label=i18n("max_new_tokens")),
@@ -110,12 +112,17 @@ def main() -> None:
     arguments = parser.parse_args()
     chat = ChatModel.load(arguments.checkpoint)
     page = build_page(chat, arguments.checkpoint)
+    print(f"{arguments.checkpoint} on {chat.model.device}: http://127.0.0.1:{arguments.port} (Ctrl-C ends)", flush=True)
     try:
         page.launch(
-            server_name="127.0.0.1", server_port=arguments.port, share=False, i18n=gr.I18n(**TRANSLATIONS), quiet=False
+            server_name="127.0.0.1",
+            server_port=arguments.port,
+            share=False,
+            quiet=True,
+            i18n=gr.I18n(**TRANSLATIONS),
         )
     except OSError as error:
-        raise UserError(f"--port {arguments.port} is taken ({error}); give another") from None
+        raise UserError(f"--port {arguments.port} cannot be used ({error}); give another") from None
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ fi
 exec "$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" $launch "$here/train_sft.py" \
     --model_name_or_path "${MODEL:-bigscience/bloom-560m}" \
     --data_path "${DATA:-$here/data_proj/opendata}" \
-    --output_dir "${OUTPUT:-output_dir/bloom-560m}" \
+    --output_dir "${OUTPUT:-output_dir/bloom-560m-zero${ZERO_STAGE:-2}}" \
     --deepspeed "$here/ds_zero${ZERO_STAGE:-2}_config.json" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
@@ -41,7 +41,7 @@ exec "$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" $launch
     --gradient_accumulation_steps 8 \
     --gradient_checkpointing True \
     --save_strategy steps \
-    --save_steps 2000 \
+    --save_steps 500 \
     --save_total_limit 2 \
     --learning_rate 2e-5 \
     --weight_decay 0. \

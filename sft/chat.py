@@ -98,8 +98,9 @@ class ChatModel:
         """
         room = self.tokenizer.model_max_length - sampling.max_new_tokens
         messages = list(messages)
-        while len(messages) > 2 and len(self.tokenizer(build_chat_prompt(messages)).input_ids) > room:
-            del messages[:2]
+        oldest = 1 if messages[0]["role"] == "system" else 0
+        while len(messages) > oldest + 2 and len(self.tokenizer(build_chat_prompt(messages)).input_ids) > room:
+            del messages[oldest : oldest + 2]
         return self.stream(build_chat_prompt(messages), sampling)
 
 

@@ -58,6 +58,8 @@ def load_examples(
     """
     files = shards.find_shards(path, flag)
     check_length(tokenizer)
+    if not any(True for file in files for _ in shards.read_rows(file)):
+        raise UserError(f"{flag} {path} has no row to train on; expected rows {shards.SHAPE}")
     disable_progress_bars()  # encode_shards has its own
     try:
         encoded = Dataset.from_generator(

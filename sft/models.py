@@ -6,6 +6,7 @@ import httpx
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -132,5 +133,5 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32, cache_dir:
         return AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of {name_or_path} cannot be loaded: {one_line(error)}") from None

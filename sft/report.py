@@ -18,6 +18,38 @@ BASE_LICENCES = {
     "bloom": "BLOOM is under the BigScience RAIL licence 1.0, whose restrictions of use pass on to this model.",
     "falcon": "Falcon-7b and -40b are under Apache-2.0; see the base model's own card for other sizes.",
 }
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+language: [zh]
+{base_model}---
+
+# {name}
+
+{base} fine-tuned on Chinese instructions, all weights, loss on the answers only.
+The prompt is in the tokenizer's chat template.
+
+## Data
+
+{data}.
+
+## Run
+
+- {steps}
+- {settings}
+- {versions}
+
+## Result
+
+{results}
+
+![loss curve](loss_curve.png)
+
+## Licences
+
+{licence}
+The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
+"""
 
 
 def data_line(report: DataReport) -> str:
@@ -111,37 +143,14 @@ def model_card(base: str, data: str, report: DataReport, trainer: Trainer) -> st
         for name, points in (("training", losses(log_history)), ("held-out", losses(log_history, "eval_loss")))
         if points
     ]
-    hub_base = f"base_model: {base}\n" if not Path(base).exists() else ""
-    licence = BASE_LICENCES.get(trainer.model.config.model_type, "See the base model's own card.")
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-language: [zh]
-{hub_base}---
-
-# {Path(args.output_dir).name}
-
-{Path(base).name} fine-tuned on Chinese instructions, all weights, loss on the answers only.
-The prompt is in the tokenizer's chat template.
-
-## Data
-
-{data}: {data_line(report)}.
-
-## Run
-
-- {steps_line(args, len(trainer.train_dataset))}
-- length {args.model_max_length}, seed {args.seed}, {device_line(args)}
-- {", ".join(f"{library} {version(library)}" for library in LIBRARIES)}
-
-## Result
-
-{chr(10).join(results)}
-
-![loss curve](loss_curve.png)
-
-## Licences
-
-{licence}
-The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
-"""
+    return CARD.format(
+        base_model=f"base_model: {base}\n" if not Path(base).exists() else "",
+        name=Path(args.output_dir).name,
+        base=Path(base).name,
+        data=f"{data}: {data_line(report)}",
+        steps=steps_line(args, len(trainer.train_dataset)),
+        settings=f"length {args.model_max_length}, seed {args.seed}, {device_line(args)}",
+        versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
+        results="\n".join(results),
+        licence=BASE_LICENCES.get(trainer.model.config.model_type, "See the base model's own card."),
+    )

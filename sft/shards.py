@@ -1,11 +1,12 @@
 """Shards: the files that hold instruction rows, found and read one row at a time."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.program import UserError
+from sft.program import UserError, one_line
 
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
 
@@ -54,41 +55,36 @@ def read_rows(shard: Path) -> Iterator[Row]:
     A missing or null input is "". Raises UserError with file and line if the file is not UTF-8 or not JSON, or a
     row is not an object with an instruction and an output that are strings.
     """
-    try:
-        with shard.open(encoding="utf-8-sig") as file:
-            first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
+    with shard.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
             file.seek(0)
-            yield from _read_array(shard, file.read()) if first == "[" else _read_lines(shard, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shard} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        start = file.tell()
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        file.seek(start)
+        if first == b"[":
+            for index, record in enumerate(_parse(file.read(), shard, 1)):
+                yield _row(record, f"{shard}[{index}]")
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(_parse(line.rstrip(), shard, number), f"{shard}:{number}")
 
 
-def _read_lines(shard: Path, lines: Iterator[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{shard}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{place} is not JSON ({error.msg} at column {error.colno}); "
-                    f"expected one row a line, {SHAPE}, or one JSON array of rows; mend or remove the line"
-                ) from None
-            yield _row(record, place)
-
-
-def _read_array(shard: Path, text: str) -> Iterator[Row]:
+def _parse(content: bytes, shard: Path, number: int) -> object:
+    """Parse JSON that begins at line `number` of a shard."""
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = number + content.count(b"\n", 0, error.start)
+        raise UserError(f"{shard}:{line} is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        line = number + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
         raise UserError(
-            f"{shard}:{error.lineno} is not JSON ({error.msg} at column {error.colno}); "
-            f"expected an array of rows {SHAPE}; mend the file"
+            f"{shard}:{line} is not JSON ({one_line(error)}); expected one row a line, {SHAPE}, or one JSON array of "
+            "rows; mend or remove it"
         ) from None
-    for index, record in enumerate(records):
-        yield _row(record, f"{shard}[{index}]")
 
 
 def _row(record: object, place: str) -> Row:
@@ -99,9 +95,15 @@ def _row(record: object, place: str) -> Row:
             raise UserError(
                 f'{place} has no "{field}", only {sorted(record)}; expected a row {SHAPE}; rename the fields'
             )
-        if not isinstance(record[field], str):
-            raise UserError(f'{place}: "{field}" is {record[field]!r:.60}; expected a string, as in {SHAPE}')
-    input = record.get("input")
-    if input is not None and not isinstance(input, str):
-        raise UserError(f'{place}: "input" is {input!r:.60}; expected a string, null or nothing, as in {SHAPE}')
-    return Row(record["instruction"], input or "", record["output"], place)
+    fields = {field: record.get(field) for field in ("instruction", "input", "output")}
+    fields["input"] = "" if fields["input"] is None else fields["input"]
+    for field, value in fields.items():
+        if not isinstance(value, str):
+            raise UserError(f'{place}: "{field}" is {value!r:.60}; expected a string, as in {SHAPE}')
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f'{place}: "{field}" holds half a character ({value[error.start]!r}, a lone surrogate); remove it'
+            ) from None
+    return Row(**fields, place=place)

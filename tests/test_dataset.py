@@ -16,6 +16,7 @@ from sft.dataset import Collator, check_length, encode_rows, load_examples
 from sft.models import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_prompt
+from sft.random_model import train_tokenizer
 from sft.shards import Row, find_shards, read_rows
 
 PLAIN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏的一是了我不人在他有𠀀𪛖😀"
@@ -95,6 +96,14 @@ def test_prompt_of_every_sample_row_is_what_inference_sees(tokenizer: PreTrained
             assert example["input_ids"][: len(prompt)] == prompt
             assert example["labels"][: len(prompt)] == [-100] * len(prompt)
             assert example["labels"][len(prompt)] != -100
+
+
+def test_no_token_reaches_over_the_joint():
+    row = Row("问", "", "好的", "rows:1")
+    tokenizer = train_tokenizer("bloom", [build_prompt("问") + "好的"] * 9, 1024)
+    prompt, answer = whole(row, tokenizer)
+    assert tokenizer(build_prompt("问") + "好的").input_ids != [*prompt, *answer[:-1]]
+    assert encode(row, tokenizer)[:2] == (prompt, answer)
 
 
 @pytest.mark.parametrize("alphabet", [PLAIN, NASTY], ids=["plain", "nasty"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, SAMPLE
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "no"]
@@ -29,6 +30,11 @@ def logged(output: Path, name: str = "loss") -> list[float]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def tensors_in(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,7 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(stage, environm
     assert logged(tmp_path, "eval_loss") == pytest.approx(logged(one_process, "eval_loss"), rel=1e-5)
     expected, trained = weights(one_process), weights(tmp_path)
     assert all(torch.allclose(expected[name], trained[name], atol=1e-4) for name in expected)
+    assert tensors_in(tmp_path) == tensors_in(one_process), "the tied head was saved twice, or not at all"
 
 
 def test_launching_ranks_that_do_not_join_is_refused(run, make_model, tmp_path):

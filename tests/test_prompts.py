@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sft.models import load_tokenizer
-from sft.prompts import body_spans, build_chat_prompt, build_prompt
+from sft.prompts import body_spans, build_chat_prompt, build_prompt, chat_template
 
 NASTY = [
     '他说："好"，它\'s \\n 不是换行，\\\\ 是两条',
@@ -128,3 +128,10 @@ def test_chat_template_ends_a_finished_conversation_with_eos(tokenizer: PreTrain
     asked = conversation(*["问", "答", "再问"][: 2 * num_turns - 1])
     rendered = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "好。\n"}], tokenize=False)
     assert rendered == build_chat_prompt(asked) + "好。\n" + tokenizer.eos_token
+
+
+def test_chat_template_quotes_any_special_token(tokenizer: PreTrainedTokenizerBase):
+    bos, eos = '"<\\n>\\', "\n</'\"}}>"
+    messages = conversation("问", "答")
+    rendered = tokenizer.apply_chat_template(messages, chat_template=chat_template(bos, eos), tokenize=False)
+    assert rendered == bos + build_chat_prompt(messages[:1]) + "答" + eos
