@@ -76,6 +76,10 @@ class ChatModel:
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
+    def num_tokens(self, prompt: str) -> int:
+        """Count the tokens of a prompt."""
+        return len(self.tokenizer(prompt, verbose=False).input_ids)
+
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], sampling: Sampling = GREEDY, **extra) -> torch.Tensor:
         """Return the new token ids after each prompt, int64 (number of prompts, new tokens), eos and pad included."""
@@ -98,8 +102,8 @@ class ChatModel:
         """
         room = self.tokenizer.model_max_length - sampling.max_new_tokens
         messages = list(messages)
-        oldest = 1 if messages[0]["role"] == "system" else 0
-        while len(messages) > oldest + 2 and len(self.tokenizer(build_chat_prompt(messages)).input_ids) > room:
+        oldest = sum(message["role"] == "system" for message in messages[:1])
+        while len(messages) > oldest + 2 and self.num_tokens(build_chat_prompt(messages)) > room:
             del messages[oldest : oldest + 2]
         return self.stream(build_chat_prompt(messages), sampling)
 
@@ -121,7 +125,8 @@ class Reply:
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield text that can no longer change, as soon as it is settled."""
+        """Yield text that can no longer change, as soon as it is settled; a reply is iterated once."""
+        assert not self.token_ids, f"iterated again after {len(self.token_ids)} tokens"
         worker = threading.Thread(target=self._generate, daemon=True)
         worker.start()
         sent = 0

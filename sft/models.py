@@ -6,7 +6,6 @@ import httpx
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -127,11 +126,17 @@ def load_tokenizer(
 def load_model(name_or_path: str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None) -> PreTrainedModel:
     """Return the model with its weights in `dtype`; no device map, so DeepSpeed may place them.
 
-    Raises UserError if the weights are missing or cannot be read.
+    Raises UserError if weights are missing, incomplete or broken.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"the weights of {name_or_path} cannot be loaded: {one_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"the weights of {name_or_path} lack {len(missing)} of the model's tensors, such as {missing[0]}; "
+            "expected all of them, or they would be random; download or copy the folder again"
+        )
+    return model

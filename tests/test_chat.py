@@ -299,3 +299,9 @@ def test_checkpoint_is_loaded_in_fp32_on_the_cpu(make_model: Callable[[str], Pat
     assert not chat.model.training
     assert chat.model.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(chat.model.parameters(), plain.parameters(), strict=True))
+
+
+def test_conversation_without_a_turn_is_refused_as_every_wrong_order(make_model: Callable[[str], Path]):
+    chat = ChatModel.load(str(make_model("bloom-tiny")))
+    with pytest.raises(ValueError, match="alternates user and assistant"):
+        chat.reply([])

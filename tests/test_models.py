@@ -107,11 +107,25 @@ def test_broken_weights_are_refused(copy_model: Callable[..., Path], size: int):
     assert "the weights" in error_of(load_model, weights.parent)
 
 
+@pytest.mark.parametrize("content", ["", "version https://git-lfs.github.com/spec/v1\n"], ids=["empty", "pointer"])
+def test_broken_weights_of_the_old_form_are_refused(copy_model: Callable[..., Path], content: str):
+    folder = copy_model("falcon-tiny")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text(content)
+    assert "the weights" in error_of(load_model, folder)
+
+
 @pytest.mark.parametrize("fields", [{"hidden_size": 64}, {"vocab_size": 2048}])
 def test_weights_of_another_shape_are_refused(copy_model: Callable[..., Path], fields: dict):
     folder = copy_model("bloom-tiny")
     edit_json(folder / "config.json", **fields)
     assert "the weights" in error_of(load_model, folder)
+
+
+def test_weights_that_lack_layers_are_refused(copy_model: Callable[..., Path]):
+    folder = copy_model("bloom-tiny")
+    edit_json(folder / "config.json", n_layer=5)
+    assert "lack 36 of the model's tensors, such as transformer.h.2." in error_of(load_model, folder)
 
 
 def test_family_comes_from_the_config_whatever_the_folder_is_called(copy_model: Callable[..., Path]):

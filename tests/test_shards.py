@@ -109,6 +109,11 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path: Path, good_ro
     assert error_of(file).startswith(f"{file}:{good_rows + 1} is not UTF-8")
 
 
+def test_bytes_that_are_not_utf8_in_an_array_are_named_by_their_line(tmp_path: Path):
+    file = write(tmp_path, f"\n[{GOOD},\n{GOOD},\n".encode() + '{"instruction": "你好"}]'.encode("gbk"))
+    assert error_of(file).startswith(f"{file}:4 is not UTF-8")
+
+
 @pytest.mark.parametrize(
     "bad",
     ["{'instruction': 1}", GOOD[:-1], GOOD + GOOD, "\0", '{"a":' * 100_000, f'{{"a": {"9" * 5000}}}'],
