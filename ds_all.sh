@@ -39,7 +39,7 @@ exec "$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" $launch
     --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
     --gradient_accumulation_steps 8 \
-    --gradient_checkpointing True \
+    --activation_checkpointing True \
     --save_strategy steps \
     --save_steps 500 \
     --save_total_limit 2 \

@@ -19,6 +19,7 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 
 from sft import report
 from sft.dataset import IGNORE_INDEX, Collator, DataReport, load_examples
@@ -100,13 +101,18 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     return tuple(parsed)
 
 
-def check_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise UserError on arguments that could only fail later."""
-    output_dir = Path(training_args.output_dir)
+    output_dir, model = Path(training_args.output_dir), Path(model_args.model_name_or_path)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file; expected a folder, new or of an earlier run")
+    if output_dir.exists() and model.exists() and output_dir.samefile(model):
+        raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
+    if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):
+        installed = ", ".join(get_available_reporting_integrations()) or "none"
+        raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != training_args.world_size:
         # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
@@ -116,27 +122,23 @@ def check_arguments(data_args: DataArguments, training_args: TrainingArguments) 
 # ------------------------------------------------------------------------------------------------- tokenizer and model
 
 
-def make_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
+def make_tokenizer(location: str, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer after making sure that there is a causal language model behind it."""
-    location = locate(model_args.model_name_or_path, training_args.cache_dir)
     load_config(location, training_args.cache_dir)
     return load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
 
 
-def make_model(
-    model_args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def make_model(location: str, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load the model with fp32 master weights; autocast or DeepSpeed computes in less."""
     if training_args.deepspeed:
         # ZeRO-3 splits the weights while they are read, so the ranks must know of each other by now.
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if training_args.use_cpu else "nccl")
-    location = locate(model_args.model_name_or_path, training_args.cache_dir)
     model = load_model(location, torch.float32, training_args.cache_dir)
-    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.config.update(special_tokens)
-    model.generation_config = GenerationConfig(**special_tokens)
+    model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
     return model
 
 
@@ -145,13 +147,15 @@ def make_model(
 
 def make_data(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None, DataReport]:
-    """Return the examples to train on, those held out (None without any), and the report on the rows."""
+) -> tuple[Dataset, Dataset | None, dict[str, DataReport]]:
+    """Return the examples to train on, those held out (None without any), and a report on each file or folder."""
     cache_dir = training_args.cache_dir
     train_dataset, data_report = load_examples(data_args.data_path, tokenizer, cache_dir)
-    eval_dataset = None
+    eval_dataset, reports = None, {"data": data_report}
     if data_args.eval_data_path:
-        eval_dataset, _ = load_examples(data_args.eval_data_path, tokenizer, cache_dir, flag="--eval_data_path")
+        eval_dataset, reports["held out"] = load_examples(
+            data_args.eval_data_path, tokenizer, cache_dir, flag="--eval_data_path"
+        )
     elif data_args.eval_fraction:
         if len(train_dataset) < 2:
             raise UserError(f"--eval_fraction needs at least 2 rows; {data_args.data_path} has {len(train_dataset)}")
@@ -160,7 +164,7 @@ def make_data(
         train_dataset, eval_dataset = split["train"], split["test"]
     if eval_dataset is not None and training_args.eval_strategy == "no":
         training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
-    return train_dataset, eval_dataset, data_report
+    return train_dataset, eval_dataset, reports
 
 
 def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
@@ -206,41 +210,46 @@ class Trainer(transformers.Trainer):
         return loss_sum, None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save without the second copy of tied weights that DeepSpeed ZeRO-2 hands over, 2 GB for bloom-7b1's head."""
+        """Save a folder to generate from: with the cache on, which training turns off, and tied weights once.
+
+        DeepSpeed ZeRO-2 hands the tied head over as a second copy, 2 GB for bloom-7b1 in 16 bits.
+        """
         if state_dict is not None:
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        self.model.config.use_cache = True
         super()._save(output_dir, state_dict)
+        self.model.config.use_cache = self.args.use_cache
 
 
-def newest_checkpoint(output_dir: str) -> str | None:
-    """Return the newest complete checkpoint in `output_dir`; trainer_state.json is written last in each."""
-    folders = Path(output_dir).glob("checkpoint-*[0-9]")
+def newest_checkpoint(args: TrainingArguments) -> str | None:
+    """Return the newest complete checkpoint in the output folder; trainer_state.json is written last in each."""
+    folders = Path(args.output_dir).glob("checkpoint-*[0-9]")
     for folder in sorted(folders, key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             return str(folder)
         except (OSError, ValueError):
-            print(f"{folder} is incomplete and left aside", file=sys.stderr)
+            if args.should_log:
+                print(f"{folder} is incomplete and left aside", file=sys.stderr)
     return None
 
 
-def print_header(trainer: Trainer, data_report: DataReport, checkpoint: str | None) -> None:
+def print_header(trainer: Trainer, reports: dict[str, DataReport], checkpoint: str | None) -> None:
     """Print what this run is about to do, and one example as the model sees it."""
     args, model = trainer.args, trainer.model
-    split = ""
-    if trainer.eval_dataset is not None:
-        split = f"; {len(trainer.train_dataset):,} trained on, {len(trainer.eval_dataset):,} held out"
+    num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
         "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
-        "data": report.data_line(data_report) + split,
+        **{name: report.data_line(data_report) for name, data_report in reports.items()},
+        "examples": f"{len(trainer.train_dataset):,} trained on, {num_held_out:,} held out",
         "steps": report.steps_line(args, len(trainer.train_dataset)),
         "device": report.device_line(args),
         "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
         "example": report.marked_example(trainer.processing_class, trainer.train_dataset[0]),
     }
     for name, text in lines.items():
-        print(f"{name:8} {text}", flush=True)
+        print(f"{name:9}{text}", flush=True)
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -248,17 +257,18 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def save(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments, data_report: DataReport) -> None:
+def save(
+    trainer: Trainer, model_args: ModelArguments, data_args: DataArguments, reports: dict[str, DataReport]
+) -> None:
     """Write the model folder: weights, tokenizer, state, loss curve and model card."""
     args = trainer.args
-    trainer.model.config.use_cache = True  # off in training, wanted by whoever loads the folder to generate
     trainer.save_model()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
     output_dir, history = Path(args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
-    card = report.model_card(model_args.model_name_or_path, data_args.data_path, data_report, trainer)
+    card = report.model_card(model_args.model_name_or_path, data_args.data_path, reports["data"], trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step
@@ -271,12 +281,13 @@ def save(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments,
 def main() -> None:
     """Fine-tune as the command line says."""
     model_args, data_args, training_args = parse_arguments()
-    check_arguments(data_args, training_args)
+    check_arguments(model_args, data_args, training_args)
     transformers.set_seed(training_args.seed)
 
-    tokenizer = make_tokenizer(model_args, training_args)
-    train_dataset, eval_dataset, data_report = make_data(data_args, training_args, tokenizer)
-    model = make_model(model_args, training_args, tokenizer)
+    location = locate(model_args.model_name_or_path, training_args.cache_dir)
+    tokenizer = make_tokenizer(location, training_args)
+    train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
+    model = make_model(location, training_args, tokenizer)
 
     trainer = Trainer(
         model=model,
@@ -286,13 +297,13 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args.output_dir)
+    checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args)
     if trainer.is_world_process_zero():
-        print_header(trainer, data_report, checkpoint)
+        print_header(trainer, reports, checkpoint)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        report.write_data_report(data_report, Path(training_args.output_dir, "data_report.jsonl"))
+        report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
     trainer.train(resume_from_checkpoint=checkpoint)
-    save(trainer, model_args, data_args, data_report)
+    save(trainer, model_args, data_args, reports)
 
 
 if __name__ == "__main__":

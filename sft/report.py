@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -61,9 +61,10 @@ def data_line(report: DataReport) -> str:
     )
 
 
-def write_data_report(report: DataReport, path: Path) -> None:
+def write_data_report(reports: Iterable[DataReport], path: Path) -> None:
     """Write one JSON line for every row that was cut or dropped: its file and line, and what was done and why."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in [*report.dropped, *report.cut]]
+    entries = [entry for report in reports for entry in (*report.dropped, *report.cut)]
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
     path.write_text("".join(lines), encoding="utf-8")
 
 

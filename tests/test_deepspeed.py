@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "no"]
 FLAGS += [
-    "--gradient_checkpointing",
+    "--activation_checkpointing",
     "False",
     "--warmup_steps",
     "0",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -79,6 +81,31 @@ def test_a_file_of_the_users_is_never_replaced(monkeypatch, tmp_path):
     with pytest.raises(CellExecutionError, match="is not this notebook's"):
         process(monkeypatch, tmp_path, SOURCE="sample", DATASETS="school_math_0.25M")
     assert mine.read_text() == "mine"
+
+
+def peak_memory_of_processing(folder: Path, num_rows: int) -> int:
+    """Return the largest resident size, in bytes, of the notebook's process on a set of `num_rows` rows."""
+    folder.mkdir()
+    row = {"instruction": "将以下三个句子组合成一个有意义的段落。" * 4, "input": "", "output": "狗是人类的朋友。" * 20}
+    with (folder / "train_2M_CN.json").open("w", encoding="utf-8") as file:
+        file.writelines([json.dumps(row, ensure_ascii=False) + "\n"] * num_rows)
+    chosen = {"SOURCE": folder, "DATASETS": "train_2M_CN", "ROWS_PER_SET": "none", "OUTPUT_FOLDER": folder / "shards"}
+    environment = {**os.environ, **{name: str(value) for name, value in chosen.items()}}
+    command = [sys.executable, "-m", "IPython", str(PROJECT / "data_proj" / "process_data.ipynb")]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert sum(file.stat().st_size for file in folder.glob("shards/*.json")) > num_rows * 700
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    small = peak_memory_of_processing(tmp_path / "small", 1_000)
+    large = peak_memory_of_processing(tmp_path / "large", 100_000)  # 73 MB
+    assert large - small < 25e6
 
 
 def test_answers_come_from_a_tiny_checkpoint(monkeypatch, make_model, tmp_path):

@@ -100,10 +100,12 @@ def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("finished") / "model"
     dirty = tmp_path_factory.mktemp("dirty") / "rows.jsonl"
     long_row = {"instruction": "很长的任务。" * 300, "input": None, "output": "好。"}
+    held_out = tmp_path_factory.mktemp("held") / "held_out.jsonl"
+    held_out.write_text(data.read_text(encoding="utf-8") + '{"instruction": "问", "output": ""}\n', encoding="utf-8")
     dirty_rows = [long_row, {"instruction": "问", "output": " "}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dirty_rows)
     dirty.write_text(data.read_text(encoding="utf-8") + text, encoding="utf-8")
-    flags = ["--eval_data_path", data, "--per_device_eval_batch_size", "5", "--num_train_epochs", "2"]
+    flags = ["--eval_data_path", held_out, "--per_device_eval_batch_size", "5", "--num_train_epochs", "2"]
     flags += ["--model_max_length", "600", "--report_to", "tensorboard"]
     result = subprocess.run(
         [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", dirty]
@@ -165,9 +167,13 @@ def test_curve_card_and_tensorboard_are_written(finished):
 def test_cut_and_dropped_rows_are_reported_with_their_place(finished):
     output, stdout = finished
     lines = (output / "data_report.jsonl").read_text(encoding="utf-8").splitlines()
-    notes = {json.loads(line)["place"].split(":")[-1]: json.loads(line)["note"] for line in lines}
-    assert notes["25"].startswith("cut: ") and notes["26"] == "dropped: the output is empty"
-    assert re.search(r"26 rows read: 25 kept \((\d+) of them cut\), 1 dropped", stdout)
+    notes = {Path(entry["place"]).name: entry["note"] for entry in map(json.loads, lines)}
+    assert set(notes) == {"rows.jsonl:25", "rows.jsonl:26", "held_out.jsonl:25"}
+    assert notes["rows.jsonl:25"].startswith("cut: ")
+    assert notes["rows.jsonl:26"] == notes["held_out.jsonl:25"] == "dropped: the output is empty"
+    assert "data     26 rows read: 25 kept (1 of them cut), 1 dropped" in stdout
+    assert "held out 25 rows read: 24 kept (0 of them cut), 1 dropped" in stdout
+    assert "examples 25 trained on, 24 held out" in stdout
 
 
 def test_the_header_tells_steps_and_one_example_with_its_trained_part(finished, rows):
@@ -274,6 +280,8 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
         "weights",
     ),
     "output is a file": (lambda t, m: {"--output_dir": write(t / "taken", "mine")}, "is a file"),
+    "output is the model": (lambda t, m: {"--output_dir": m}, "is the model itself"),
+    "tracker that is not installed": (lambda t, m: {"--report_to": "wandb"}, "wandb is not installed"),
     "length below the template": (lambda t, m: {"--model_max_length": "20"}, "--model_max_length 20 is too short"),
     "share out of range": (lambda t, m: {"--eval_fraction": "2"}, "--eval_fraction 2.0"),
     "missing flag": (lambda t, m: {"--data_path": None}, "--data_path"),
@@ -299,6 +307,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, make_model, data, cache_dir
     model = make_model("bloom-tiny")
     flags = {"--model_name_or_path": model, "--data_path": data, "--output_dir": output, "--cache_dir": cache_dir}
     flags |= make_flags(tmp_path, model)
+    before = {file: file.read_bytes() for file in model.iterdir()}
     words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *words])
     with pytest.raises(SystemExit) as ended:
@@ -308,6 +317,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, make_model, data, cache_dir
     assert len(printed) == 1 and printed[0].startswith("error: ") and expected in printed[0], printed
     assert not output.exists()
     assert not (tmp_path / "taken").exists() or (tmp_path / "taken").read_text() == "mine"
+    assert before == {file: file.read_bytes() for file in model.iterdir()}
 
 
 def test_a_mistake_prints_no_traceback_from_the_shell(run, make_model, data, tmp_path):
