@@ -257,9 +257,7 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def save(
-    trainer: Trainer, model_args: ModelArguments, data_args: DataArguments, reports: dict[str, DataReport]
-) -> None:
+def save(trainer: Trainer, base: str, data_path: str, data_report: DataReport) -> None:
     """Write the model folder: weights, tokenizer, state, loss curve and model card."""
     args = trainer.args
     trainer.save_model()
@@ -268,7 +266,7 @@ def save(
         return
     output_dir, history = Path(args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
-    card = report.model_card(model_args.model_name_or_path, data_args.data_path, reports["data"], trainer)
+    card = report.model_card(base, data_path, data_report, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step
@@ -303,7 +301,7 @@ def main() -> None:
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
     trainer.train(resume_from_checkpoint=checkpoint)
-    save(trainer, model_args, data_args, reports)
+    save(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
 
 
 if __name__ == "__main__":

@@ -310,6 +310,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, make_model, data, cache_dir
     before = {file: file.read_bytes() for file in model.iterdir()}
     words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *words])
+    capfd.readouterr()  # what making the model printed
     with pytest.raises(SystemExit) as ended:
         run_program(train_sft.main)
     assert ended.value.code == 2
