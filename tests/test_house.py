@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,28 @@ def test_nothing_is_left_to_do():
     files = find(".py", ".ipynb", ".sh", ".md", ".json", ".txt", ".toml")
     files = [file for file in files if "opendata" not in file.parts]
     assert [name_of(file) for file in files if re.search("TO[D]O|FIX[M]E", file.read_text(encoding="utf-8"))] == []
+
+
+def pinned(requirements: str) -> dict[str, str]:
+    lines = (PROJECT / requirements).read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name.lower().replace("-", "_"): version for name, version in pins}
+
+
+def code_of(file: Path) -> ast.Module:
+    if file.suffix == ".py":
+        return parse(file)
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    return ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+
+
+@pytest.mark.parametrize("file", [*PYTHON, *NOTEBOOKS], ids=name_of)
+def test_every_import_is_pinned(file: Path):
+    own = {"sft", "conftest", *(script.stem for script in SCRIPTS)}
+    third_party = imported(code_of(file)) - own - set(sys.stdlib_module_names)
+    pins = {**pinned("requirements.txt"), **(pinned("tests/requirements.txt") if is_test(file) else {})}
+    distributions = {name: packages_distributions()[name][0].lower().replace("-", "_") for name in third_party}
+    assert {name for name, distribution in distributions.items() if distribution not in pins} <= {
+        "gradio_client",  # gradio pins its client
+        "safetensors",  # transformers does
+    }
