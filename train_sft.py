@@ -280,7 +280,6 @@ def main() -> None:
     """Fine-tune as the command line says."""
     model_args, data_args, training_args = parse_arguments()
     check_arguments(model_args, data_args, training_args)
-    transformers.set_seed(training_args.seed)
 
     location = locate(model_args.model_name_or_path, training_args.cache_dir)
     tokenizer = make_tokenizer(location, training_args)
