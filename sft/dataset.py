@@ -162,9 +162,9 @@ def join(
     if excess > 0:
         length = len(prompt)
         prompt = shorten(prompt, offsets, spans, excess)
-        note = f"cut: {length - len(prompt)} tokens from the start of the {length} of the prompt's text"
+        note = f"cut: {length - len(prompt)} of the prompt's {length} tokens"
         if len(prompt) + len(answer) > max_length:
-            note += f", {len(prompt) + len(answer) - max_length} from the end of the {len(answer)} of the answer"
+            note += f", {len(prompt) + len(answer) - max_length} of the answer's {len(answer)}"
             answer = answer[: max_length - len(prompt)]
     return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer, "note": note}
 

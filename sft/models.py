@@ -46,7 +46,7 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
 def _answers(endpoint: str) -> bool:
     try:
         httpx.head(endpoint, timeout=HUB_TIMEOUT)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
     return True
 

@@ -153,10 +153,10 @@ def test_note_counts_the_tokens_that_were_cut(tokenizer: PreTrainedTokenizerBase
     for row, prompt, answer, note in cut_rows(NASTY, tokenizer):
         whole_prompt, whole_answer = whole(row, tokenizer)
         if note:
-            expected = f"cut: {len(whole_prompt) - len(prompt)} tokens from the start of the {len(whole_prompt)} "
+            expected = f"cut: {len(whole_prompt) - len(prompt)} of the prompt's {len(whole_prompt)} tokens"
             assert note.startswith(expected)
             cut = len(whole_answer) - len(answer)
-            assert (f"{cut} from the end of the {len(whole_answer)} of the answer" in note) == (cut > 0)
+            assert (f", {cut} of the answer's {len(whole_answer)}" in note) == (cut > 0)
             noted += 1
     assert noted > 100
 
@@ -185,7 +185,7 @@ def test_report_counts_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: P
     assert [entry["place"] for entry in report.dropped] == [f"{path}:4", f"{path}:6"]
     assert all("the output is empty" in entry["note"] for entry in report.dropped)
     assert [entry["place"] for entry in report.cut] == [f"{path}:5", f"{path}:7"]
-    assert ["of the answer" in entry["note"] for entry in report.cut] == [False, True]
+    assert ["of the answer's" in entry["note"] for entry in report.cut] == [False, True]
     assert [example["place"] for example in examples] == [f"{path}:{line}" for line in (1, 2, 3, 5, 7)]
 
 
