@@ -58,15 +58,23 @@ def answer_with(chat: ChatModel) -> Callable[..., Iterator[str]]:
         repetition_penalty: float,
     ) -> Iterator[str]:
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(top_k), repetition_penalty)
-        messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
-        messages.append({"role": "user", "content": message})
+        messages = [*answered(history), {"role": "user", "content": message}]
         reply = ""
         with closing(iter(chat.reply(messages, sampling))) as pieces:
             for piece in pieces:
                 reply += piece
                 yield reply
+        if not reply:
+            yield reply  # the model ended at once
 
     return respond
+
+
+def answered(history: list[dict]) -> list[dict[str, str]]:
+    """Return the turns of gradio's history without questions that were stopped before an answer came."""
+    turns = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
+    roles = [turn["role"] for turn in turns[1:]] + ["user"]
+    return [turn for turn, following in zip(turns, roles, strict=False) if turn["role"] != following]
 
 
 def text_of(content: str | list[dict]) -> str:

@@ -80,6 +80,17 @@ def test_stop_ends_generation_within_one_token(client, chat):
         hook.remove()
 
 
+def test_a_question_without_an_answer_is_left_out():
+    from app import answered
+
+    def turn(role: str, text: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    history = [turn("user", "a"), turn("user", "b"), turn("assistant", "B"), turn("user", "c")]
+    assert answered(history) == [{"role": "user", "content": "b"}, {"role": "assistant", "content": "B"}]
+    assert answered([]) == answered(history[:1]) == []
+
+
 def test_the_page_names_every_control_in_both_languages():
     from app import TRANSLATIONS
 
