@@ -131,7 +131,8 @@ def plot_losses(log_history: Sequence[dict], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None), title=path.parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
