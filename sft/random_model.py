@@ -1,6 +1,7 @@
 """A randomly initialised BLOOM or Falcon of a named shape, with a tokenizer trained on given text.
 
-The demo, the tests and the benchmarks run on these, so that none of them needs a model hub.
+The demo and the tests run on these, so that none of them needs a model hub:
+
     python -m sft.random_model --shape bloom-demo --text data_proj/sample --output output_dir/demo_base
 """
 
