@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
-from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 
 from sft import report
@@ -257,14 +258,24 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def save(trainer: Trainer, base: str, data_path: str, data_report: DataReport) -> None:
-    """Write the model folder: weights, tokenizer, state, loss curve and model card."""
-    args = trainer.args
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    output_dir, history = Path(args.output_dir), trainer.state.log_history
+def steps_made(checkpoint: str) -> int:
+    """Return how many optimizer steps a checkpoint has behind it."""
+    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+
+
+def adopt(trainer: Trainer, checkpoint: str) -> None:
+    """Make a checkpoint that has every step the result, byte for byte; the Trainer would train one step more."""
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    if trainer.is_world_process_zero():
+        print(f"{checkpoint} has made all its {trainer.state.global_step:,} steps", flush=True)
+        for file in Path(checkpoint).iterdir():
+            if file.suffix in {".json", ".safetensors", ".jinja"}:  # the model, without the optimizer
+                shutil.copyfile(file, Path(trainer.args.output_dir, file.name))
+
+
+def describe(trainer: Trainer, base: str, data_path: str, data_report: DataReport) -> None:
+    """Write the loss curve and the model card beside the saved model."""
+    output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
     card = report.model_card(base, data_path, data_report, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
@@ -299,8 +310,14 @@ def main() -> None:
         print_header(trainer, reports, checkpoint)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
+    if checkpoint and steps_made(checkpoint) >= report.count_steps(training_args, len(train_dataset))[0]:
+        adopt(trainer, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        describe(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
 
 
 if __name__ == "__main__":

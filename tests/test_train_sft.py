@@ -225,6 +225,17 @@ def test_killed_and_started_again_equals_never_interrupted(run, make_model, data
     assert logged(tmp_path / "whole") == logged(killed)
 
 
+def test_a_finished_run_started_again_trains_no_step_more(run, make_model, data, tmp_path):
+    flags = ["--max_steps", "3", "--save_steps", "2"]
+    train(run, make_model("falcon-tiny"), data, tmp_path, *flags)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
+    (tmp_path / "model.safetensors").unlink()  # as if killed after the last checkpoint
+    again = train(run, make_model("falcon-tiny"), data, tmp_path, *flags)
+    assert "has made all its 3 steps" in again.stdout and "in 3 steps; saved" in again.stdout
+    assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
+    AutoTokenizer.from_pretrained(tmp_path)
+
+
 def test_precision_follows_the_card(monkeypatch, tmp_path):
     import transformers
 
