@@ -318,6 +318,9 @@ def main() -> None:
         trainer.save_state()
     if trainer.is_world_process_zero():
         describe(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
+    # A process group still open at exit can abort a rank whose work is done.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
