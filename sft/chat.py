@@ -1,7 +1,8 @@
 """Load a checkpoint and answer: one reply as a stream, or several in one batch.
 
-python -m sft.chat output_dir/demo                                 # talk to it in the terminal
-python -m sft.chat output_dir/demo --recall output_dir/demo_data   # does it give the answers it was taught?
+Usage:
+    python -m sft.chat output_dir/demo                                  # talk to it in the terminal
+    python -m sft.chat output_dir/demo --recall output_dir/demo_data    # does it give the answers it was taught?
 """
 
 import queue
