@@ -19,12 +19,21 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
-from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.integrations import get_available_reporting_integrations
 
-from sft import report
-from sft.dataset import IGNORE_INDEX, Collator, DataReport, load_examples
+from sft import flat_row, report
+from sft.dataset import DataReport, flatten, load_examples
+from sft.loss import IGNORE_INDEX
 from sft.models import load_config, load_model, load_tokenizer, locate
+from sft.packing import PackedDataset, examples_of
 from sft.program import OneLineErrors, UserError, one_line, run_program
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -45,6 +54,10 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out rows, for an eval loss."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Without --eval_data_path: the share of the rows to hold out, chosen by --seed."}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Fill rows of --model_max_length tokens with several examples; a batch counts such rows."},
     )
 
 
@@ -173,7 +186,7 @@ def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
 
     Ranks must run the same number of batches, and accelerate would fill the last ones with rows already counted.
     """
-    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "place": "", "note": ""}
+    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "length": 1, "place": "", "note": ""}
     num_empty = -len(dataset) % multiple
     columns = {name: [value] * num_empty for name, value in empty.items()}
     return concatenate_datasets([dataset, Dataset.from_dict(columns, dataset.features)])
@@ -219,8 +232,24 @@ class Trainer(transformers.Trainer):
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         self.model.config.use_cache = True
-        super()._save(output_dir, state_dict)
+        with flat_row.removed(self.model):
+            super()._save(output_dir, state_dict)
         self.model.config.use_cache = self.args.use_cache
+
+
+class LeakCheck(TrainerCallback):
+    """Before the first step: no example may see another that shares its row."""
+
+    def __init__(self, examples_share_rows: bool):
+        self.examples_share_rows = examples_share_rows
+
+    def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
+        """Raise UserError if the logits of packed examples are not those of each alone."""
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+            difference = flat_row.check(model, dtype, self.examples_share_rows)
+        if state.is_world_process_zero:
+            print(f"checked  logits of examples in one row are those of each alone, to {difference:.1g}", flush=True)
 
 
 def newest_checkpoint(args: TrainingArguments) -> str | None:
@@ -240,14 +269,16 @@ def print_header(trainer: Trainer, reports: dict[str, DataReport], checkpoint: s
     """Print what this run is about to do, and one example as the model sees it."""
     args, model = trainer.args, trainer.model
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
+    examples = examples_of(trainer.train_dataset)
     lines = {
         "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
         **{name: report.data_line(data_report) for name, data_report in reports.items()},
-        "examples": f"{len(trainer.train_dataset):,} trained on, {num_held_out:,} held out",
-        "steps": report.steps_line(args, len(trainer.train_dataset)),
+        "examples": f"{len(examples):,} trained on, {num_held_out:,} held out",
+        "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
+        "steps": report.steps_line(args, trainer.train_dataset),
         "device": report.device_line(args),
         "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
-        "example": report.marked_example(trainer.processing_class, trainer.train_dataset[0]),
+        "example": report.marked_example(trainer.processing_class, examples[0]),
     }
     for name, text in lines.items():
         print(f"{name:9}{text}", flush=True)
@@ -295,15 +326,20 @@ def main() -> None:
     location = locate(model_args.model_name_or_path, training_args.cache_dir)
     tokenizer = make_tokenizer(location, training_args)
     train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
+    if data_args.packing:
+        train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
     model = make_model(location, training_args, tokenizer)
+    flat_row.install(model)
+    batch_sizes = [training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1]
 
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=flatten,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        callbacks=[LeakCheck(examples_share_rows=data_args.packing or max(batch_sizes) > 1)],
     )
     checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args)
     if trainer.is_world_process_zero():

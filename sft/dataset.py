@@ -1,6 +1,6 @@
-"""Rows to token ids and labels, and examples to a batch.
+"""Rows to token ids and labels, and examples to one flat row.
 
-Shapes: B = examples in a batch, T = tokens of its longest example.
+Shapes: T = tokens of all examples in the row.
 """
 
 import hashlib
@@ -18,15 +18,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts, shards
+from sft.loss import IGNORE_INDEX
 from sft.program import UserError
 from sft.shards import Row
 
-IGNORE_INDEX = -100  # a position with this label takes no part in the loss
 ROWS_PER_CALL = 1000  # enough for the fast tokenizer to use every core
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
+        "length": Value("int32"),
         "place": Value("string"),
         "note": Value("string"),
     }
@@ -51,8 +52,8 @@ def load_examples(
 ) -> tuple[Dataset, DataReport]:
     """Return the examples of the rows at `path`, and the report on them.
 
-    Examples have `input_ids` and `labels`, lists of equal length up to `tokenizer.model_max_length`, and "place", the
-    file and line of their row. They lie in Arrow files under `cache_dir`, found again as long as files, tokenizer,
+    Examples have `input_ids` and `labels`, lists of the same "length" up to `tokenizer.model_max_length`, and "place",
+    the file and line of their row. They lie in Arrow files under `cache_dir`, found again as long as files, tokenizer,
     length and this code stay the same; processes of one host wait for the one that writes them. Raises UserError if
     the rows cannot be read or none is left to train on; `flag` is the one that gave the path.
     """
@@ -73,7 +74,7 @@ def load_examples(
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    lengths = pc.list_value_length(encoded.data.column("input_ids")).to_numpy()
+    lengths = encoded.data.column("length").to_numpy()
     kept = lengths.nonzero()[0]
     if not len(kept):
         raise UserError(f"{flag} {path} has no row to train on ({len(encoded)} read); give rows with an output")
@@ -140,7 +141,13 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
         rows, encoded_prompts.input_ids, encoded_prompts.offset_mapping, encoded_answers.input_ids, strict=True
     ):
         if not row.output.strip():
-            yield {"input_ids": [], "labels": [], "place": row.place, "note": "dropped: the output is empty"}
+            yield {
+                "input_ids": [],
+                "labels": [],
+                "length": 0,
+                "place": row.place,
+                "note": "dropped: the output is empty",
+            }
             continue
         spans = prompts.body_spans(row.instruction, row.input)
         yield {
@@ -166,7 +173,8 @@ def join(
         if len(prompt) + len(answer) > max_length:
             note += f", {len(prompt) + len(answer) - max_length} of the answer's {len(answer)}"
             answer = answer[: max_length - len(prompt)]
-    return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer, "note": note}
+    labels = [IGNORE_INDEX] * len(prompt) + answer
+    return {"input_ids": prompt + answer, "labels": labels, "length": len(labels), "note": note}
 
 
 def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], excess: int) -> list[int]:
@@ -185,22 +193,18 @@ def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple
     return [token for i, token in enumerate(prompt) if i not in removed]
 
 
-@dataclass
-class Collator:
-    """Examples to a batch padded on the right: int64 `input_ids`, `labels` and `attention_mask`, each (B, T)."""
+def flatten(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Join examples end to end, without padding: int64 `input_ids`, `labels` and `position_ids`, each (1, T).
 
-    pad_token_id: int
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(example["input_ids"]) for example in examples)
-
-        def pad(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([[*example[name], *[value] * (length - len(example[name]))] for example in examples])
-
-        # Padding has its own label, so a model whose pad is its eos (Falcon) still learns to end its answers.
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        return {
-            "input_ids": pad("input_ids", self.pad_token_id),
-            "labels": pad("labels", IGNORE_INDEX),
-            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
-        }
+    Positions count from 0 in each example, or as its own "position_ids" say where it is a packed row of several.
+    """
+    input_ids, labels, position_ids = [], [], []
+    for example in examples:
+        input_ids += example["input_ids"]
+        labels += example["labels"]
+        position_ids += example.get("position_ids") or range(len(example["input_ids"]))
+    row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    row = {name: torch.tensor([values]) for name, values in row.items()}
+    # What begins an example is no continuation of the one before it.
+    row["labels"][row["position_ids"] == 0] = IGNORE_INDEX
+    return row

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from sft.dataset import IGNORE_INDEX, DataReport
+from sft.dataset import DataReport
+from sft.loss import IGNORE_INDEX
+from sft.packing import PackedDataset, examples_of
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "datasets")
 BASE_LICENCES = {
@@ -93,11 +95,25 @@ def count_steps(args: TrainingArguments, num_examples: int) -> tuple[int, float]
     return num_steps, num_steps / steps_per_epoch
 
 
-def steps_line(args: TrainingArguments, num_examples: int) -> str:
-    """Return the arithmetic of a run: examples per step, steps, epochs, learning rate."""
-    num_steps, num_epochs = count_steps(args, num_examples)
+def rows_line(rows: Sequence, max_length: int) -> str:
+    """Return how examples share the rows that the model trains on."""
+    if not isinstance(rows, PackedDataset):
+        return "each batch of examples is one row, end to end, without padding"
     return (
-        f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples a step = "
+        f"{len(rows):,} packed of up to {max_length:,} tokens, {rows.fill_rate:.1%} full, "
+        f"{len(rows.examples) / len(rows):.1f} examples each"
+    )
+
+
+def steps_line(args: TrainingArguments, rows: Sequence) -> str:
+    """Return the arithmetic of a run: examples per step, steps, epochs, learning rate."""
+    num_steps, num_epochs = count_steps(args, len(rows))
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    examples_a_row = len(examples_of(rows)) / len(rows)
+    packed = isinstance(rows, PackedDataset)
+    return (
+        f"{'about ' if packed else ''}{rows_a_step * examples_a_row:.0f} examples a step = "
+        f"{f'{examples_a_row:.1f} a row x ' if packed else ''}"
         f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} {'process' if args.world_size == 1 else 'processes'}; {num_steps:,} steps = "
         f"{num_epochs:g} {'epoch' if num_epochs == 1 else 'epochs'}; "
@@ -150,7 +166,7 @@ def model_card(base: str, data: str, report: DataReport, trainer: Trainer) -> st
         name=Path(args.output_dir).name,
         base=Path(base).name,
         data=f"{data}: {data_line(report)}",
-        steps=steps_line(args, len(trainer.train_dataset)),
+        steps=steps_line(args, trainer.train_dataset),
         settings=f"length {args.model_max_length}, seed {args.seed}, {device_line(args)}",
         versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
         results="\n".join(results),

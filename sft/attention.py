@@ -1,0 +1,221 @@
+"""Attention of BLOOM and Falcon over one flat row: several examples end to end, each attending to itself alone.
+
+Shapes: T = tokens of the row, H = heads, K = key-value heads (K divides H), D = size of a head.
+
+transformers' own forwards know padding but no boundaries, so examples that share a row would read one another. Here
+every example is attended as if it were alone: causal, its positions counted from 0 again. Nothing of size (T, T) is
+ever held.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import PreTrainedModel
+from transformers.models.bloom import modeling_bloom
+from transformers.models.falcon import modeling_falcon
+
+BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
+
+
+@dataclass
+class FlatRow:
+    """What attention must know of a row beside its hidden states; made once a forward, shared by all layers.
+
+    `position_ids`, int64 (1, T), count from 0 in each example. `key_bias`, fp32 (H, T), is what ALiBi adds to the
+    scaled score of each key, None where the model has RoPE.
+    """
+
+    position_ids: torch.Tensor
+    key_bias: torch.Tensor | None = None
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Return first and past-the-last position of each example."""
+        starts = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        return list(zip(starts, [*starts[1:], self.position_ids.shape[1]], strict=True))
+
+    @cached_property
+    def example_ids(self) -> torch.Tensor:
+        """Return the example that each token belongs to: int64 (T,), counted from 1."""
+        return (self.position_ids[0] == 0).cumsum(0)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Return which blocks of keys each block of queries meets, from the boundaries alone."""
+        length = len(self.example_ids)
+        # The tail of a last block that the row does not fill belongs to no example.
+        blocks = functional.pad(self.example_ids, (0, -length % BLOCK_SIZE), value=-1).view(-1, BLOCK_SIZE)
+        first, last = blocks[:, 0], blocks.amax(1)
+        whole = blocks[:, -1] == first
+        row, column = torch.meshgrid(*2 * [torch.arange(len(blocks), device=blocks.device)], indexing="ij")
+        met = (column <= row) & (last[None, :] >= first[:, None])
+        # Both blocks within one example, keys before queries: no token needs a look at the mask.
+        full = (column < row) & (first[None, :] == first[:, None]) & whole[:, None]
+        partial_counts, partial_indices = _ordered(met & ~full)
+        full_counts, full_indices = _ordered(full)
+        return BlockMask.from_kv_blocks(
+            partial_counts,
+            partial_indices,
+            full_counts,
+            full_indices,
+            BLOCK_SIZE=BLOCK_SIZE,
+            mask_mod=self.mask_mod,
+            seq_lengths=(length, length),
+        )
+
+    @property
+    def mask_mod(self):
+        """Return FlexAttention's mask function: a query meets the keys of its own example up to itself."""
+        example_ids = self.example_ids
+
+        def mask(batch, head, query, key):
+            return (example_ids[query] == example_ids[key]) & (key <= query)
+
+        return mask
+
+    @property
+    def score_mod(self):
+        """Return FlexAttention's score function, which adds ALiBi in fp32; None where there is none to add."""
+        key_bias = self.key_bias
+        if key_bias is None:
+            return None
+
+        def add_bias(score, batch, head, query, key):
+            return score + key_bias[head, key]
+
+        return add_bias
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many blocks each row of a boolean (rows, columns) names, and which, named ones first."""
+    indices = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
+    """Return the attended values (1, T, H * D) of query (1, H, T, D), key and value (1, K, T, D).
+
+    Scores are scaled by 1 / sqrt(D).
+    """
+    attend_heads = attend_by_blocks if has_flex_attention(query.device) else attend_by_examples
+    context = attend_heads(query, key, value, row)
+    return context.transpose(1, 2).flatten(2)
+
+
+@cache
+def has_flex_attention(device: torch.device) -> bool:
+    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, so no V100."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
+    """Attend with one FlexAttention kernel, in (1, H, T, D); T must fill whole blocks.
+
+    In a last block that is not full its backward gives NaN where a score function is there too
+    (pytorch/pytorch issue 153799).
+    """
+    return _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=row.score_mod,
+        block_mask=row.block_mask,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def attend_by_examples(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
+    """Attend example by example, in (1, H, T, D), with PyTorch's causal kernel, whose memory grows with T alone.
+
+    The kernel takes no bias of its own without a mask of (T, T), so ALiBi goes in as one more dimension of the head:
+    1 in every query, the bias of the key times sqrt(D) in every key.
+    """
+    dtype, head_dim = query.dtype, query.shape[-1]
+    if row.key_bias is not None:
+        query, key = functional.pad(query.float(), (0, 1), value=1.0), key.float()
+        key = torch.cat([key, (row.key_bias * math.sqrt(head_dim))[None, :, :, None]], dim=-1)
+        value = functional.pad(value.float(), (0, 1))
+    contexts = [
+        functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=1 / math.sqrt(head_dim),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in row.spans
+    ]
+    return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype)
+
+
+def bloom_attention(self, hidden_states: torch.Tensor, residual: torch.Tensor, attention_mask: FlatRow, **unused):
+    """Stand in for BloomAttention.forward; hidden states and residual are (1, T, H * D)."""
+    qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, self.head_dim))
+    query, key, value = qkv.transpose(1, 2).unbind(3)
+    output = self.dense(attend(query, key, value, attention_mask))
+    return modeling_bloom.dropout_add(output, residual, self.hidden_dropout, self.training), None
+
+
+def falcon_attention(self, hidden_states: torch.Tensor, attention_mask: FlatRow, position_embeddings=None, **unused):
+    """Stand in for FalconAttention.forward; hidden states are (1, T, H * D).
+
+    The fused projection holds, for each key-value head, its queries, the key and the value; Falcon-7b has one such
+    group, Falcon-40b several, rw shapes one for each head.
+    """
+    num_groups = self.num_kv_heads
+    qkv = self.query_key_value(hidden_states).unflatten(-1, (num_groups, -1, self.head_dim))
+    query, key, value = qkv.split([self.num_heads // num_groups, 1, 1], dim=3)
+    query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
+    if attention_mask.key_bias is None:
+        query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+    return self.dense(attend(query, key, value, attention_mask)), None
+
+
+FORWARDS = {
+    modeling_bloom.BloomAttention: bloom_attention,
+    modeling_falcon.FalconAttention: falcon_attention,
+}
+
+
+def key_bias(model: PreTrainedModel, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Return what ALiBi adds to the scaled scores of each key, fp32 (H, T); None for a model without ALiBi.
+
+    The values are transformers' own, Falcon's rounding to bf16 included. BLOOM adds them to the scaled scores; Falcon
+    adds them first and scales both.
+    """
+    config = model.config
+    ones = torch.ones_like(position_ids)
+    if config.model_type == "bloom":
+        alibi = modeling_bloom.build_alibi_tensor(ones, config.n_head, torch.float32)
+    elif config.alibi:
+        alibi = modeling_falcon.build_alibi_tensor(ones, config.num_attention_heads, torch.float32)
+        alibi = alibi / math.sqrt(config.head_dim)
+    else:
+        return None
+    return alibi[:, 0, position_ids[0]]
+
+
+def hidden_states_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states (1, T, H * D) of BloomModel or FalconModel over a flat row.
+
+    `input_ids` and `position_ids` are int64 (1, T). Its attention must be of this module.
+    """
+    hidden_states = model.word_embeddings(input_ids)
+    if model.config.model_type == "bloom":
+        hidden_states, rotations = model.word_embeddings_layernorm(hidden_states), None
+    else:
+        rotations = model.rotary_emb(hidden_states, position_ids=position_ids)
+    row = FlatRow(position_ids, key_bias(model, position_ids))
+    for block in model.h:
+        hidden_states, _ = block(hidden_states, alibi=None, attention_mask=row, position_embeddings=rotations)
+    return model.ln_f(hidden_states)
