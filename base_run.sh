@@ -1,7 +1,8 @@
 #!/bin/sh
 # Fine-tune on one GPU, or on the CPU where there is none.
-#   sh base_run.sh                          bloom-560m on data_proj/opendata, the original's recipe
+#   sh base_run.sh                          bloom-560m on data_proj/opendata, the original's recipe in packed rows
 #   sh base_run.sh --learning_rate 1e-5     any flag of train_sft.py, after the ones below
+#   sh base_run.sh --packing False --per_device_train_batch_size 8      the original's very steps: 8 examples each
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh base_run.sh
 #   sh base_run.sh --demo                   the whole way on a small random model: no GPU, no hub, no data needed
 #   FAMILY=falcon sh base_run.sh --demo
@@ -13,6 +14,9 @@ set_up "$here/requirements.txt"
 # With several visible GPUs one process would spread over all of them; ds_all.sh is for that.
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
+
+# On a CPU, huge pages for PyTorch's big tensors: fewer page faults, a third faster.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 
 demo() {
     case ${FAMILY:-bloom} in
@@ -36,8 +40,7 @@ demo() {
         --learning_rate 2e-3 \
         --lr_scheduler_type cosine \
         --warmup_steps 30 \
-        --logging_steps 60 \
-        --train_sampling_strategy group_by_length "$@"
+        --logging_steps 60 "$@"
     echo "== 4/4  three questions from the sample"
     "$PYTHON" -m sft.chat "$output" --recall "${output}_data" --rows 3
     cat <<NEXT
@@ -62,9 +65,10 @@ exec "$PYTHON" "$here/train_sft.py" \
     --output_dir "${OUTPUT:-output_dir/bloom-560m}" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
+    --packing True \
     --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
-    --gradient_accumulation_steps 8 \
+    --gradient_accumulation_steps 1 \
     --save_strategy steps \
     --save_steps 500 \
     --save_total_limit 2 \

@@ -17,6 +17,9 @@ with socket.socket() as free:
     free.bind(("", 0))
     print(free.getsockname()[1])')}
 
+# On a CPU, huge pages for PyTorch's big tensors: fewer page faults.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+
 if [ "${DEVICE:-gpu}" = cpu ]; then
     export DS_ACCELERATOR=cpu
     set -- --use_cpu True "$@"
@@ -36,9 +39,10 @@ exec "$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" $launch
     --deepspeed "$here/ds_zero${ZERO_STAGE:-2}_config.json" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
+    --packing True \
     --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
-    --gradient_accumulation_steps 8 \
+    --gradient_accumulation_steps 1 \
     --activation_checkpointing True \
     --save_strategy steps \
     --save_steps 500 \

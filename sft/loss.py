@@ -20,7 +20,7 @@ CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}  # of fp32 logits held 
 
 @dataclass
 class TiedGradient:
-    """The gradient (V, H) of a weight that is both head and embedding, on its way from the one to the other."""
+    """The gradient (V, H) of a weight that is both head and embedding, on its way from the head to the embedding."""
 
     tensor: torch.Tensor | None = None
 
@@ -37,20 +37,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
         grad_weight = None
         loss = torch.zeros((), device=weight.device)
-        with torch.autocast(weight.device.type, enabled=False):
-            for chunk in _chunks(len(labels), len(weight), weight.device.type):
-                log_probs = _product(inputs[chunk], matrix.T)
-                torch.log_softmax(log_probs, dim=-1, out=log_probs)
-                targets = labels[chunk, None]
-                loss -= log_probs.gather(1, targets).sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                grad_logits = log_probs.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float))
-                grad_logits = grad_logits.to(dtype)
-                if needs_hidden:
-                    grad_hidden[chunk] = _product(grad_logits, matrix) / num_items
-                if needs_weight:
-                    grad_weight = _add_product(grad_weight, grad_logits.T, inputs[chunk], 1 / num_items)
+        for chunk in _chunks(len(labels), len(weight), weight.device.type):
+            log_probs = _product(inputs[chunk], matrix.T)
+            torch.log_softmax(log_probs, dim=-1, out=log_probs)
+            targets = labels[chunk, None]
+            loss -= log_probs.gather(1, targets).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = log_probs.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float))
+            grad_logits = grad_logits.to(dtype)
+            if needs_hidden:
+                grad_hidden[chunk] = _product(grad_logits, matrix) / num_items
+            if needs_weight:
+                grad_weight = _add_product(grad_weight, grad_logits.T, inputs[chunk], 1 / num_items)
         if needs_weight:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.grads, ctx.tied = (grad_hidden, grad_weight), tied
@@ -60,19 +59,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: torch.Tensor):
         """Return the gradients that forward kept, times `grad_loss`."""
-        grads, ctx.grads = ctx.grads, None
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         if grad_loss.is_cuda or grad_loss != 1:  # on a CPU, a pass over (V, H) that changes nothing is worth sparing
-            grads = [grad if grad is None else grad.mul_(grad_loss) for grad in grads]
-        if ctx.tied is not None:
-            ctx.tied.tensor = grads[1]
-        return *grads, None, None, None
+            for grad in (grad_hidden, grad_weight):
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        if ctx.tied is not None and grad_hidden is not None and grad_weight is not None:
+            ctx.tied.tensor = grad_weight if ctx.tied.tensor is None else ctx.tied.tensor.add_(grad_weight)
+            grad_weight = None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """The embedding of a weight that is also the head, whose gradient is added to the head's in place.
+    """The embedding of a weight that is also the head; it returns the gradient of both.
 
-    A gradient of its own would be a second tensor of the vocabulary's size, mostly zeros. Autograd hands a weight's
-    gradient on when all that used the weight have run their backward, and this one's comes last.
+    The head hands its gradient on, and the rows of this one are added to it in place: a gradient of its own would be
+    a second tensor of the vocabulary's size, mostly zeros.
     """
 
     @staticmethod
@@ -85,14 +87,13 @@ class TiedEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_embeddings: torch.Tensor):
-        """Add to the gradient that the head left; without one, return a gradient of the weight."""
+        """Return the gradient of the weight: what the head left, if anything, and this one's rows."""
         (input_ids,) = ctx.saved_tensors
         total, ctx.tied.tensor = ctx.tied.tensor, None
-        added = total is not None
-        if not added:
+        if total is None:
             total = grad_embeddings.new_zeros(ctx.shape)
-        total.index_add_(0, input_ids.flatten(), grad_embeddings.flatten(0, -2).to(total.dtype))
-        return None, None if added else total, None
+        total.index_add_(0, input_ids.flatten(), grad_embeddings.flatten(0, -2))
+        return None, total, None
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -19,6 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(PROJECT))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks in use."""
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that gives the folder of a random model of a shape, made once and not to be changed."""

@@ -1,5 +1,6 @@
-"""sft/dataset.py: labels, too long rows, batches, the cache, and the report on every row."""
+"""sft/dataset.py: labels, too long rows, flat rows, the cache, and the report on every row."""
 
+import copy
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from conftest import SAMPLE
 from transformers import PreTrainedTokenizerBase
 
 from sft import dataset
-from sft.dataset import Collator, check_length, encode_rows, load_examples
+from sft.dataset import check_length, encode_rows, flatten, load_examples
 from sft.models import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_prompt
@@ -271,15 +272,57 @@ def test_another_tokenizer_is_noticed(make_model: Callable[[str], Path], tmp_pat
         assert count_encoded() == 1
 
 
-def test_batch_is_padded_on_the_right(tokenizer: PreTrainedTokenizerBase):
-    examples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(99)(examples)
-    assert {name: value.tolist() for name, value in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 99, 99]],
-        "labels": [[-100, 6, 7], [8, -100, -100]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+def test_length_is_that_of_kept_cut_and_dropped_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    tokenizer.model_max_length = 120
+    records = [record("问", "答"), record("空", ""), record("尾", "长" * 300)]
+    rows = [Row(each["instruction"], each["input"], each["output"], "rows:1") for each in records]
+    short = sum(map(len, whole(rows[0], tokenizer)))
+    assert [example["length"] for example in encode_rows(rows, tokenizer)] == [short, 0, 120]
+    examples, _ = load_examples(write_rows(tmp_path / "rows.json", records), tokenizer, str(tmp_path / "cache"))
+    assert examples["length"][:] == [short, 120]
+    for example in examples:
+        assert len(example["input_ids"]) == len(example["labels"]) == example["length"]
+
+
+def example_of(length: int, first: int) -> dict[str, list[int]]:
+    """Return an example of ascending ids that are all labels."""
+    return {"input_ids": list(range(first, first + length)), "labels": list(range(first, first + length))}
+
+
+def test_examples_are_joined_end_to_end_without_padding():
+    row = flatten([example_of(3, 10), example_of(1, 20), example_of(2, 30)])
+    assert {name: value.tolist() for name, value in row.items()} == {
+        "input_ids": [[10, 11, 12, 20, 30, 31]],
+        "labels": [[-100, 11, 12, -100, -100, 31]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
     }
-    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert all(value.dtype == torch.int64 for value in row.values())
+
+
+def test_packed_rows_keep_their_positions():
+    packed = {**example_of(5, 10), "position_ids": [0, 1, 0, 1, 2]}
+    row = flatten([packed, example_of(2, 20), packed])
+    assert row["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 1, 2]]
+    assert row["input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21, 10, 11, 12, 13, 14]]
+    assert row["labels"].tolist() == [[-100, 11, -100, 13, 14, -100, 21, -100, 11, -100, 13, 14]]
+
+
+def test_joining_leaves_the_examples_as_they_were():
+    examples = [example_of(3, 10), {**example_of(2, 20), "position_ids": [0, 1]}]
+    before = copy.deepcopy(examples)
+    flatten(examples)
+    assert examples == before
+
+
+def test_tokenised_rows_join_into_what_they_are_alone(tokenizer: PreTrainedTokenizerBase):
+    tokenizer.model_max_length = 2048
+    examples = list(encode_rows(random_rows(NASTY, 9, seed=2), tokenizer))
+    parts = flatten(examples)["input_ids"].split([example["length"] for example in examples], dim=1)
+    assert [part[0].tolist() for part in parts] == [example["input_ids"] for example in examples]
+    alone = [flatten([example]) for example in examples]
+    assert all(len(row["input_ids"]) == 1 for row in alone)
+    for name, value in flatten(examples).items():
+        assert torch.equal(value, torch.cat([row[name] for row in alone], dim=1))
 
 
 def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], Path]):
@@ -287,9 +330,8 @@ def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], P
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos
     examples = list(encode_rows([Row("问", "", "答", "a"), Row("问", "", "长" * 9, "b")], tokenizer))
-    batch = Collator(tokenizer.pad_token_id)(examples)
-    length = len(examples[0]["input_ids"])
-    assert batch["input_ids"][0, length - 1 :].unique().tolist() == [eos]
-    assert batch["labels"][0, length - 1] == eos
-    assert (batch["labels"][0, length:] == -100).all()
-    assert batch["attention_mask"].sum(1).tolist() == [len(example["input_ids"]) for example in examples]
+    row = flatten(examples)
+    ends = [examples[0]["length"] - 1, row["input_ids"].shape[1] - 1]
+    assert (row["input_ids"][0] == eos).nonzero().flatten().tolist() == ends
+    assert row["labels"][0, ends].tolist() == [eos, eos]
+    assert row["labels"][0].tolist() == examples[0]["labels"] + examples[1]["labels"]

@@ -1,9 +1,11 @@
-"""ds_all.sh and its two configurations: two CPU ranks against one process."""
+"""Two CPU ranks against one process: ds_all.sh with its two configurations, and plain data parallelism."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,27 +46,55 @@ def environment(make_model, cache_dir) -> dict[str, str]:
     }
 
 
+PACKED = ["--packing", "True", "--model_max_length", "512"]
+APART = ["--packing", "False"]
+
+
 @pytest.fixture(scope="module")
-def one_process(environment, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("one") / "model"
-    command = ["sh", PROJECT / "base_run.sh", "--gradient_accumulation_steps", "4", *FLAGS]
-    subprocess.run(command, env={**environment, "OUTPUT": str(output)}, check=True, capture_output=True)
-    return output
+def one_process(environment, tmp_path_factory) -> Callable[[list[str]], Path]:
+    """Return a function that gives the folder one process makes, packed or not, with twice a rank's accumulation."""
+
+    @cache
+    def train(*packing: str) -> Path:
+        output = tmp_path_factory.mktemp("one") / "model"
+        command = ["sh", PROJECT / "base_run.sh", "--gradient_accumulation_steps", "4", *FLAGS, *packing]
+        subprocess.run(command, env={**environment, "OUTPUT": str(output)}, check=True, capture_output=True)
+        return output
+
+    return train
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_two_ranks_equal_one_process_with_twice_the_accumulation(stage, environment, one_process, tmp_path):
-    changed = {"OUTPUT": str(tmp_path), "DEVICE": "cpu", "NUM_GPUS": "2", "ZERO_STAGE": stage}
-    command = ["sh", PROJECT / "ds_all.sh", "--gradient_accumulation_steps", "2", *FLAGS]
-    result = subprocess.run(command, env={**environment, **changed}, capture_output=True, text=True)
+def run_two_ranks(kind: str, environment: dict[str, str], output: Path, packing: list[str]) -> str:
+    flags = ["--gradient_accumulation_steps", "2", *FLAGS, *packing]
+    if kind == "DDP":
+        given = ["--model_name_or_path", environment["MODEL"], "--data_path", environment["DATA"]]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command += ["train_sft.py", *given, "--output_dir", output, "--use_cpu", "True", "--weight_decay", "0"]
+        command += ["--num_train_epochs", "3", "--per_device_train_batch_size", "1", *flags]
+    else:
+        command = ["sh", PROJECT / "ds_all.sh", *flags]
+    changed = {"OUTPUT": str(output), "DEVICE": "cpu", "NUM_GPUS": "2", "ZERO_STAGE": kind[-1]}
+    command = list(map(str, command))
+    settings = {"cwd": PROJECT, "capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, env={**environment, **changed}, **settings)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "4 examples a step = 1 per device x 2 accumulated x 2 processes" in result.stdout
-    assert result.stdout.count("examples a step") == 1, "both ranks printed the header"
-    assert logged(tmp_path) == pytest.approx(logged(one_process), rel=1e-5)
-    assert logged(tmp_path, "eval_loss") == pytest.approx(logged(one_process, "eval_loss"), rel=1e-5)
-    expected, trained = weights(one_process), weights(tmp_path)
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("ZeRO-2", APART), ("ZeRO-3", APART), ("ZeRO-3", PACKED), ("DDP", PACKED)]
+)
+def test_two_ranks_equal_one_process_with_twice_the_accumulation(kind, packing, environment, one_process, tmp_path):
+    printed = run_two_ranks(kind, environment, tmp_path, packing)
+    assert "1 per device x 2 accumulated x 2 processes" in printed
+    assert printed.count("examples a step") == 1, "both ranks printed the header"
+    assert ("a row x" in printed) == (packing is PACKED)
+    expected_folder = one_process(*packing)
+    assert logged(tmp_path) == pytest.approx(logged(expected_folder), rel=1e-5)
+    assert logged(tmp_path, "eval_loss") == pytest.approx(logged(expected_folder, "eval_loss"), rel=1e-5)
+    expected, trained = weights(expected_folder), weights(tmp_path)
     assert all(torch.allclose(expected[name], trained[name], atol=1e-4) for name in expected)
-    assert tensors_in(tmp_path) == tensors_in(one_process), "the tied head was saved twice, or not at all"
+    assert tensors_in(tmp_path) == tensors_in(expected_folder), "the tied head was saved twice, or not at all"
 
 
 def test_launching_ranks_that_do_not_join_is_refused(run, make_model, tmp_path):

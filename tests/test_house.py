@@ -104,10 +104,10 @@ def test_nothing_is_left_to_do():
     assert [name_of(file) for file in files if re.search("TO[D]O|FIX[M]E", file.read_text(encoding="utf-8"))] == []
 
 
-def pinned(requirements: str) -> dict[str, str]:
-    lines = (PROJECT / requirements).read_text(encoding="utf-8").splitlines()
+def pinned(folder: str | Path) -> set[str]:
+    lines = (PROJECT / folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {name.lower().replace("-", "_"): version for name, version in pins}
+    return {name.lower().replace("-", "_") for name, version in pins if version}
 
 
 def code_of(file: Path) -> ast.Module:
@@ -119,10 +119,12 @@ def code_of(file: Path) -> ast.Module:
 
 @pytest.mark.parametrize("file", [*PYTHON, *NOTEBOOKS], ids=name_of)
 def test_every_import_is_pinned(file: Path):
-    own = {"sft", "conftest", *(script.stem for script in SCRIPTS)}
+    own = {"sft", "conftest", "benchmarks", *(script.stem for script in SCRIPTS)}
     third_party = imported(code_of(file)) - own - set(sys.stdlib_module_names)
-    pins = {**pinned("requirements.txt"), **(pinned("tests/requirements.txt") if is_test(file) else {})}
-    distributions = {name: packages_distributions()[name][0].lower().replace("-", "_") for name in third_party}
+    folder = file.parent.relative_to(PROJECT)
+    pins = {name for path in ("", folder) if (PROJECT / path / "requirements.txt").exists() for name in pinned(path)}
+    installed = packages_distributions()  # without what only the benchmarks need
+    distributions = {name: installed.get(name, [name])[0].lower().replace("-", "_") for name in third_party}
     assert {name for name, distribution in distributions.items() if distribution not in pins} <= {
         "gradio_client",  # gradio needs it
         "safetensors",  # transformers needs it

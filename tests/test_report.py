@@ -1,10 +1,12 @@
 """sft/report.py: what a run says of itself."""
 
 import pytest
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from sft.models import load_tokenizer
-from sft.report import count_steps, losses, marked_example, plot_losses
+from sft.packing import PackedDataset
+from sft.report import count_steps, losses, marked_example, plot_losses, rows_line, steps_line
 
 
 @pytest.mark.parametrize("num_examples", [1, 7, 24, 25])
@@ -25,6 +27,67 @@ def test_steps_are_counted_as_the_trainer_counts_them(num_examples, batch, accum
     )
     _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     assert count_steps(args, num_examples) == (max_steps, max_steps / steps_per_epoch)
+
+
+def make_examples(lengths):
+    return Dataset.from_dict(
+        {"input_ids": [[1] * length for length in lengths], "labels": [[1] * length for length in lengths]}
+        | {"length": lengths}
+    )
+
+
+def make_arguments(tmp_path, **fields):
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=2e-5, **fields)
+
+
+def test_rows_line_of_plain_examples_names_the_flat_row():
+    assert rows_line(make_examples([3, 4]), 10) == "each batch of examples is one row, end to end, without padding"
+
+
+def test_rows_line_of_packed_examples_counts_them():
+    # Rows of 10 + 0, 7 + 3 and 6 tokens: 26 of 30.
+    rows = PackedDataset(make_examples([10, 7, 3, 6]), 10)
+    assert rows_line(rows, 10) == "3 packed of up to 10 tokens, 86.7% full, 1.3 examples each"
+    rows = PackedDataset(make_examples([1500] * 1100), 2048)
+    assert rows_line(rows, 2048) == "1,100 packed of up to 2,048 tokens, 73.2% full, 1.0 examples each"
+
+
+def test_steps_line_of_plain_examples_is_exact(tmp_path):
+    rows = make_examples([5] * 50)
+    args = make_arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1)
+    assert steps_line(args, rows) == (
+        "8 examples a step = 2 per device x 4 accumulated x 1 process; 7 steps = 1 epoch; learning rate 2e-05, linear"
+    )
+
+
+def test_steps_line_of_packed_examples_counts_rows(tmp_path):
+    # 50 examples of 3 tokens, 3 in each row of 10: 17 rows, 9 batches, 5 steps an epoch.
+    rows = PackedDataset(make_examples([3] * 50), 10)
+    args = make_arguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=3,
+        lr_scheduler_type="cosine",
+    )
+    assert steps_line(args, rows) == (
+        "about 12 examples a step = 2.9 a row x 2 per device x 2 accumulated x 1 process; 15 steps = 3 epochs; "
+        "learning rate 2e-05, cosine"
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_line_counts_the_processes(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    rows = make_examples([5] * 48)
+    args = make_arguments(tmp_path, per_device_train_batch_size=2, max_steps=1000)
+    if packed:  # two examples a row
+        start, end = "about 12 examples a step = 2.0 a row x 2 per", "1,000 steps = 250 epochs"
+        line = steps_line(args, PackedDataset(rows, 10))
+    else:
+        start, end = "6 examples a step = 2 per", "1,000 steps = 125 epochs"
+        line = steps_line(args, rows)
+    assert line == f"{start} device x 1 accumulated x 3 processes; {end}; learning rate 2e-05, linear"
 
 
 @pytest.fixture

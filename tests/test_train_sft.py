@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, SAMPLE, TINY_SHAPES
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from sft.packing import pack
 
 HEAD = "Below is an instruction that describes a task"
 FIXED = ["--save_strategy", "no", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
@@ -56,15 +59,14 @@ def tensors_of(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
 
 
-def reference_losses(folder: Path, rows: list[dict], accumulated: int, num_steps: int) -> list[float]:
+def reference_losses(folder: Path, steps: list[list[dict]]) -> list[float]:
     """The original's recipe over stock transformers: one example a forward, the mean over a step's labels."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, num_steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(steps))
     losses = []
-    for step in range(num_steps):
-        chosen = [rows[(step * accumulated + i) % len(rows)] for i in range(accumulated)]
-        batch = [tensors_of(row, tokenizer) for row in chosen]
+    for rows in steps:
+        batch = [tensors_of(row, tokenizer) for row in rows]
         num_labels = sum((labels != -100).sum() for _, labels in batch)
         loss = 0.0
         for input_ids, labels in batch:
@@ -80,11 +82,52 @@ def reference_losses(folder: Path, rows: list[dict], accumulated: int, num_steps
 
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, rows, tmp_path):
-    flags = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--num_train_epochs", 4]
+    flags = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 4]
     train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
-    expected = reference_losses(make_model(shape), rows, accumulated=4, num_steps=24)
+    expected = reference_losses(make_model(shape), 4 * [rows[i : i + 4] for i in range(0, 24, 4)])
     assert logged(tmp_path) == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0] - 0.1
+
+
+@pytest.mark.parametrize("shape", TINY_SHAPES)
+def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape, run, make_model, data, rows, tmp_path):
+    length = 512
+    flags = ["--packing", "True", "--model_max_length", length, "--per_device_train_batch_size", 1]
+    flags += ["--activation_checkpointing", shape.endswith("tiny"), "--num_train_epochs", 4]
+    result = train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
+    tokenizer = AutoTokenizer.from_pretrained(make_model(shape))
+    lengths = np.array([tensors_of(row, tokenizer)[0].shape[1] for row in rows])
+    row_of = pack(lengths, length, seed=42)  # the Trainer's default seed
+    packed = [[rows[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max() + 1)]
+    assert logged(tmp_path) == pytest.approx(reference_losses(make_model(shape), 4 * packed), abs=1e-4)
+    assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
+    assert (
+        f"about {24 / len(packed):.0f} examples a step = {24 / len(packed):.1f} a row x 1 per device" in result.stdout
+    )
+
+
+@pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny"])
+def test_packing_is_refused_where_one_example_reads_another(
+    shape, make_model, data, cache_dir, tmp_path, monkeypatch, capfd
+):
+    import train_sft
+    from sft import attention
+    from sft.program import run_program
+
+    def one_example(row):
+        return [(0, row.position_ids.shape[1])]
+
+    monkeypatch.setattr(attention.FlatRow, "spans", property(one_example))
+    given = ["--model_name_or_path", make_model(shape), "--data_path", data, "--output_dir", tmp_path / "output"]
+    given += ["--packing", "True", "--cache_dir", cache_dir]
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        run_program(train_sft.main)
+    assert ended.value.code == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: {shape.split('-')[0]} cannot be packed: .* off by 0?\.?\d", message), message
+    assert "type --packing False" in message
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_accumulating_eight_examples_equals_a_batch_of_eight(run, make_model, data, tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks of fine-tuning against the plain recipe and against TRL."""

@@ -1,0 +1,276 @@
+"""Tokens per second and peak memory of fine-tuning: this project, the plain recipe, and TRL, in one run.
+
+    python -m benchmarks.throughput --shape bloom-154m --data rows.json --rounds 2
+
+Every way trains the same randomly initialised model on the same rows with the same optimizer and Trainer, each in a
+process of its own, one after the other, and all of them again in each round. TRL is in benchmarks/requirements.txt.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from benchmarks import measure
+from sft import flat_row
+from sft.dataset import flatten, load_examples
+from sft.loss import IGNORE_INDEX
+from sft.models import load_tokenizer
+from sft.packing import PackedDataset
+from sft.random_model import SHAPES, build_model, read_texts, train_tokenizer
+
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # as base_run.sh and ds_all.sh set it
+# Dense bf16 products, TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train."""
+
+    title: str
+    batch: tuple[int, int]  # examples, or packed rows, a forward, and forwards a step
+    packed: bool = False
+    ours: bool = False
+    trl: bool = False
+    environment: tuple = ()
+
+
+WAYS = {
+    "plain": Way("plain recipe: one example a forward, 8 accumulated", (1, 8)),
+    "plain-huge-pages": Way("the same with huge pages", (1, 8), environment=tuple(HUGE_PAGES.items())),
+    "padded": Way("plain, padded to batches of 8", (8, 1)),
+    "trl-padded": Way("TRL SFTTrainer, padded to batches of 8", (8, 1), trl=True),
+    "ours": Way("`--packing False`: 8 examples a row", (8, 1), ours=True, environment=tuple(HUGE_PAGES.items())),
+    "plain-packed": Way("plain forward over a packed row", (1, 1), packed=True),
+    "trl-packed": Way("TRL SFTTrainer, packed", (1, 1), packed=True, trl=True),
+    "ours-packed": Way("`--packing True`", (1, 1), packed=True, ours=True, environment=tuple(HUGE_PAGES.items())),
+}
+
+
+class Meter(TrainerCallback):
+    """Counts real tokens and labels of each step, and its seconds, from the first step after the warm-up on."""
+
+    def __init__(self, warmup: int):
+        self.warmup, self.tokens, self.labels, self.squares = warmup, 0, 0, 0
+        self.seconds = 0.0
+
+    def count(self, inputs: dict) -> None:
+        """Add a batch: its tokens without padding, its labels, and the sum of its examples' squared lengths."""
+        labels, positions, mask = (inputs.get(name) for name in ("labels", "position_ids", "attention_mask"))
+        padded = positions is None and mask is not None
+        self.tokens += mask.sum().item() if padded else labels.numel()
+        self.labels += (labels[:, 1:] != IGNORE_INDEX).sum().item()
+        if positions is not None:
+            self.squares += (2 * positions + 1).sum().item()  # sums to n * n over an example of n tokens
+        elif padded:
+            self.squares += mask.sum(1).square().sum().item()
+
+    def on_step_end(self, args, state, control, **unused):
+        """Stop the clock of a step; the warm-up's steps do not count."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if state.global_step <= self.warmup:
+            self.tokens, self.labels, self.squares = 0, 0, 0
+        else:
+            self.seconds += now - self.last
+        self.last = now
+
+
+def make_tokenizer(shape: str, data: str, max_length: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the shape's family, trained on the rows and kept for the next run."""
+    config = SHAPES[shape]
+    folder = Path(tempfile.gettempdir(), f"benchmark_tokenizer_{config.model_type}_{Path(data).stem}")
+    if not folder.exists():
+        train_tokenizer(config.model_type, read_texts(data), config.vocab_size).save_pretrained(folder)
+    return load_tokenizer(str(folder), max_length)
+
+
+def make_trainer(
+    way: Way, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> Trainer:
+    """Return the Trainer of a way to train; all have the same optimizer, learning rate and order of rows."""
+    examples, _ = load_examples(options.data, tokenizer)
+    examples = examples.select_columns(["input_ids", "labels", "length"])
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": options.warmup + options.steps,
+        "per_device_train_batch_size": way.batch[0],
+        "gradient_accumulation_steps": way.batch[1],
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": options.checkpointing,
+        "train_sampling_strategy": "random" if way.packed else "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if way.trl:
+        from trl import SFTConfig, SFTTrainer
+
+        config = SFTConfig(**settings, packing=way.packed, max_length=options.max_length)
+        rows = examples.select_columns(["input_ids", "labels"])
+        return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    rows = PackedDataset(examples, options.max_length) if way.packed else examples
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+    if way.ours:
+        flat_row.install(model)
+    collate = flatten if way.ours or way.packed else pad
+    arguments = TrainingArguments(**settings, remove_unused_columns=False)
+    if not way.packed:
+        rows = rows.select_columns(["input_ids", "labels"])
+    return Trainer(model=model, args=arguments, data_collator=collate, train_dataset=rows)
+
+
+def counted(training_step: Callable, meter: Meter) -> Callable:
+    """Return a Trainer's training step that shows each batch to the meter."""
+
+    def step(model, inputs, *args, **kwargs):
+        meter.count(inputs)
+        return training_step(model, inputs, *args, **kwargs)
+
+    return step
+
+
+def measure_way(name: str, options: argparse.Namespace) -> dict:
+    """Train one way in this process; return its counts, seconds, losses, and peak memory in bytes."""
+    way = WAYS[name]
+    tokenizer = make_tokenizer(options.shape, options.data, options.max_length)
+    tokenizer.padding_side = "right"
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = build_model(options.shape)
+    leak = flat_row.measure_leak(model)[1] if way.packed and not way.ours else None
+    meter = Meter(options.warmup)
+    set_seed(0)
+    trainer = make_trainer(way, model, tokenizer, options)
+    trainer.add_callback(meter)
+    trainer.training_step = counted(trainer.training_step, meter)
+    if way.packed and way.ours:
+        leak = flat_row.measure_leak(model)[1]
+    measure.reset_peak_memory()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "tokens": meter.tokens,
+        "labels": meter.labels,
+        "squares": meter.squares,
+        "seconds": meter.seconds,
+        "peak_bytes": measure.memory(),
+        "losses": losses,
+        "leak": leak,
+    }
+
+
+def model_flops(shape: str, result: dict) -> float:
+    """Return the floating-point operations that a result's tokens need, forward and backward, nothing recomputed.
+
+    6 for each weight of the layers and each token, 6 for each weight of the head and each label, and for attention
+    12 * layers * hidden size for each pair of a token and one it sees, which are half the squares of the lengths.
+    """
+    config = SHAPES[shape]
+    with torch.device("meta"):
+        num_parameters = build_model(shape).num_parameters()
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_hidden_layers * config.hidden_size
+    return 6 * (num_parameters - head) * result["tokens"] + 6 * head * result["labels"] + 6 * layers * result["squares"]
+
+
+def peak_flops() -> float | None:
+    """Return the GPU's dense bf16 operations a second from PEAK_TFLOPS, None where the card is not in it."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((1e12 * tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
+
+
+def table_of(results: dict[str, dict], shape: str) -> str:
+    """Return the Markdown table of all ways, in relation to the first."""
+    header = ["way", "tokens/s", "labels/s", "ratio", "peak memory", "last loss", "logits off by leak"]
+    peak = peak_flops()
+    first = results["plain"]["tokens"] / results["plain"]["seconds"] if "plain" in results else None
+    rows = []
+    for name, result in results.items():
+        rate = result["tokens"] / result["seconds"]
+        rows.append(
+            [
+                WAYS[name].title,
+                f"{rate:,.0f}",
+                f"{result['labels'] / result['seconds']:,.0f}",
+                f"{rate / first:.2f}" if first else "",
+                f"{result['peak_bytes'] / measure.GIB:.2f} GiB",
+                f"{result['losses'][-1]:.4f}",
+                "" if result["leak"] is None else f"{result['leak']:.1g}",
+                *([f"{model_flops(shape, result) / result['seconds'] / peak:.1%}"] if peak else []),
+            ]
+        )
+    return measure.markdown([*header, *(["model FLOPs used"] if peak else [])], rows)
+
+
+def merge(rounds: Sequence[dict]) -> dict:
+    """Return the rounds of one way as one result: sums of tokens and seconds, the largest peak."""
+    sums = {name: sum(result[name] for result in rounds) for name in ("tokens", "labels", "squares", "seconds")}
+    return {
+        **rounds[0],
+        **sums,
+        "peak_bytes": max(result["peak_bytes"] for result in rounds),
+        "seconds_by_round": [result["seconds"] for result in rounds],
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Compare ways to fine-tune: tokens per second and peak memory.")
+    parser.add_argument("--shape", default="bloom-154m", choices=SHAPES)
+    parser.add_argument("--data", required=True, help="instruction rows, as train_sft.py takes them")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each way and round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, not measured")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured, in turn")
+    parser.add_argument("--max_length", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every way in every round, and print and save the table."""
+    options = parse_arguments()
+    if options.only:
+        print(json.dumps(measure_way(options.only, options)))
+        return
+    given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
+    given += ["--max_length", options.max_length, *(["--checkpointing"] if options.checkpointing else [])]
+    measured: dict[str, list[dict]] = {name: [] for name in options.ways}
+    for turn in range(options.rounds):
+        for name in options.ways:
+            result = measure.run_apart("benchmarks.throughput", *given, "--only", name, **dict(WAYS[name].environment))
+            measured[name].append(result)
+            rate = result["tokens"] / result["seconds"]
+            print(f"round {turn + 1}  {name:18}{rate:10,.1f} tokens/s  loss {result['losses'][-1]:.4f}", flush=True)
+    results = {name: merge(rounds) for name, rounds in measured.items()}
+    command = f"python -m benchmarks.throughput {' '.join(map(str, [*given, '--rounds', options.rounds]))}"
+    place = {"command": command, "processor": measure.processor(), "versions": measure.versions()}
+    name = f"throughput-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    measure.save(options.output, name, {**place, "results": results}, table_of(results, options.shape))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The benchmarks at the smallest size: every way trains on the same tokens, and equal ways have equal losses."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, SAMPLE
+
+
+def run(module: str, *arguments: object) -> str:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
+    ways = ["plain", "padded", "ours", "plain-packed", "ours-packed", *(["trl-padded"] if find_spec("trl") else [])]
+    given = ["--shape", "bloom-tiny", "--data", SAMPLE, "--steps", 2, "--warmup", 1, "--max_length", 512]
+    printed = run("benchmarks.throughput", *given, "--output", tmp_path, "--ways", *ways)
+    name = next(tmp_path.glob("*.json")).stem
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert list(results) == ways
+    for way in set(ways) - {"plain-packed", "ours-packed"}:
+        assert results[way]["losses"] == pytest.approx(results["plain"]["losses"], abs=1e-4), way
+        assert results[way]["tokens"] == results["plain"]["tokens"], way
+        assert results[way]["labels"] == results["plain"]["labels"], way
+    assert results["ours-packed"]["tokens"] == results["plain-packed"]["tokens"]
+    assert results["ours-packed"]["leak"] < 1e-5 < 1e-2 < results["plain-packed"]["leak"]
+    assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for result in results.values())
+    table = (tmp_path / f"{name}.md").read_text()
+    assert table.count("\n| ") == 2 + len(ways) and table in printed
+
+
+@pytest.mark.parametrize("way", ["stock", "ours"])
+def test_memory_above_the_model_grows_with_the_row(way):
+    given = ["--shape", "bloom-demo", "--only", way]
+    short, long = (json.loads(run("benchmarks.memory", *given, length))["bytes"] for length in (512, 2048))
+    assert 0 < short < long
