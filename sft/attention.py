@@ -96,6 +96,7 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
 
 
+@torch.compiler.disable  # compiled by itself where it is compiled
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
     """Return the attended values (1, T, H * D) of query (1, H, T, D), key and value (1, K, T, D).
 
@@ -144,17 +145,18 @@ def attend_by_examples(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         query, key = functional.pad(query.float(), (0, 1), value=1.0), key.float()
         key = torch.cat([key, (row.key_bias * math.sqrt(head_dim))[None, :, :, None]], dim=-1)
         value = functional.pad(value.float(), (0, 1))
-    contexts = [
-        functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=1 / math.sqrt(head_dim),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for start, end in row.spans
-    ]
+    with torch.autocast(query.device.type, enabled=False):  # which would round the bias to 16 bits
+        contexts = [
+            functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                is_causal=True,
+                scale=1 / math.sqrt(head_dim),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            for start, end in row.spans
+        ]
     return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype)
 
 
@@ -178,6 +180,8 @@ def falcon_attention(self, hidden_states: torch.Tensor, attention_mask: FlatRow,
     query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
     if attention_mask.key_bias is None:
         query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+        # Under autocast the rotations are fp32 and the values are not; the kernels take one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     return self.dense(attend(query, key, value, attention_mask)), None
 
 

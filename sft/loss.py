@@ -128,6 +128,7 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
     return product if total is None else total.add_(product)
 
 
+@torch.compiler.disable  # its own kernels, and shapes that change with every batch
 def next_token_loss(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
