@@ -92,13 +92,15 @@ class Meter(TrainerCallback):
         self.last = now
 
 
-def make_tokenizer(shape: str, data: str, max_length: int) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the shape's family, trained on the rows and kept for the next run."""
-    config = SHAPES[shape]
-    folder = Path(tempfile.gettempdir(), f"benchmark_tokenizer_{config.model_type}_{Path(data).stem}")
+def make_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the shape's family, trained on the rows and kept for the next process."""
+    family, vocab_size = SHAPES[options.shape].model_type, options.vocab_size or SHAPES[options.shape].vocab_size
+    folder = Path(tempfile.gettempdir(), f"benchmark_{family}_{vocab_size}_{Path(options.data).stem}")
     if not folder.exists():
-        train_tokenizer(config.model_type, read_texts(data), config.vocab_size).save_pretrained(folder)
-    return load_tokenizer(str(folder), max_length)
+        train_tokenizer(family, read_texts(options.data), vocab_size).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder), options.max_length)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def make_trainer(
@@ -154,8 +156,7 @@ def counted(training_step: Callable, meter: Meter) -> Callable:
 def measure_way(name: str, options: argparse.Namespace) -> dict:
     """Train one way in this process; return its counts, seconds, losses, and peak memory in bytes."""
     way = WAYS[name]
-    tokenizer = make_tokenizer(options.shape, options.data, options.max_length)
-    tokenizer.padding_side = "right"
+    tokenizer = make_tokenizer(options)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = build_model(options.shape)
     leak = flat_row.measure_leak(model)[1] if way.packed and not way.ours else None
@@ -244,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured, in turn")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a packed row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
+    parser.add_argument("--vocab_size", type=int, help="tokens to train the tokenizer to; by default the shape's")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
@@ -258,6 +260,7 @@ def main() -> None:
         return
     given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
     given += ["--max_length", options.max_length, *(["--checkpointing"] if options.checkpointing else [])]
+    given += ["--vocab_size", options.vocab_size] if options.vocab_size else []
     measured: dict[str, list[dict]] = {name: [] for name in options.ways}
     for turn in range(options.rounds):
         for name in options.ways:

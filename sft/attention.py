@@ -142,9 +142,10 @@ def attend_by_examples(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """
     dtype, head_dim = query.dtype, query.shape[-1]
     if row.key_bias is not None:
-        query, key = functional.pad(query.float(), (0, 1), value=1.0), key.float()
+        repeats = query.shape[1] // key.shape[1]  # the bias is each query head's own
+        key, value = (heads.float().repeat_interleave(repeats, 1) for heads in (key, value))
         key = torch.cat([key, (row.key_bias * math.sqrt(head_dim))[None, :, :, None]], dim=-1)
-        value = functional.pad(value.float(), (0, 1))
+        query, value = functional.pad(query.float(), (0, 1), value=1.0), functional.pad(value, (0, 1))
     with torch.autocast(query.device.type, enabled=False):  # which would round the bias to 16 bits
         contexts = [
             functional.scaled_dot_product_attention(

@@ -24,22 +24,26 @@ from sft.program import UserError
 # in another order of summation, by up to a few hundredths.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 CHECKED_LENGTHS = (23, 17)  # tokens of the two examples of the check
+FAMILIES = "give a bloom, falcon, llama or qwen2 model"
 
 
 def install(model: PreTrainedModel) -> None:
     """Make a loaded model train on flat rows: `model(input_ids, position_ids, labels)` returns the loss.
 
     BLOOM and Falcon get the attention of `sft.attention`; other families read the boundaries from `position_ids` by
-    themselves, or fail `check`. Raises UserError if the model drops attention weights, which no kernel here does.
+    themselves, or fail `check`. Raises UserError if the model drops attention weights, which no kernel here does, or
+    its head has a bias, which the loss has not.
     """
     if dropout := getattr(model.config, "attention_dropout", 0):
         raise UserError(f"attention_dropout is {dropout} in config.json, which flat rows do not have; set it to 0.0")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"{model.config.model_type} has a head with a bias, which the loss here has not; {FAMILIES}")
     for module in model.modules():
         if stand_in := attention.FORWARDS.get(type(module)):
             module.forward = MethodType(stand_in, module)
         elif isinstance(module, BloomGelu):  # the same formula, in one kernel where BLOOM's takes seven
             module.forward = nn.GELU(approximate="tanh").forward
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     head.forward, head.tied = MethodType(_loss_or_logits, head), None
     if embeddings.weight is head.weight and embeddings.padding_idx is None:
         embeddings.forward = MethodType(partial(_embed, head=head), embeddings)
@@ -137,7 +141,7 @@ def check(model: PreTrainedModel, dtype: torch.dtype, examples_share_rows: bool)
     if not alone <= limit:
         raise UserError(
             f"{family} cannot be trained here: its logits on a flat row are off by {alone:.2g} of the largest, at most "
-            f"{limit:g} is rounding; give a bloom, falcon, llama or qwen2 model"
+            f"{limit:g} is rounding; {FAMILIES}"
         )
     if examples_share_rows and not packed <= limit:
         raise UserError(

@@ -5,6 +5,7 @@ The demo and the tests run on these, so that none of them needs a model hub:
     python -m sft.random_model --shape bloom-demo --text data_proj/sample --output output_dir/demo_base
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ _PRE_TOKENIZERS = {
 def build_model(shape: str, seed: int = 0) -> PreTrainedModel:
     """Return a randomly initialised fp32 model of a shape in `SHAPES`; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[shape]), dtype=torch.float32)
 
 
 def save_random_model(shape: str, texts: Iterable[str], output: Path, seed: int = 0) -> PreTrainedModel:

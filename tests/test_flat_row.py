@@ -266,6 +266,23 @@ def test_attention_dropout_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
     assert replaced_forwards(model) == []
 
 
+def test_a_head_with_a_bias_is_refused():
+    model = build("bloom-tiny")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    with pytest.raises(UserError, match="bloom has a head with a bias"):
+        flat_row.install(model)
+    assert replaced_forwards(model) == []
+
+
+@pytest.mark.parametrize("heads", [{"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
+def test_falcon_may_have_alibi_and_fewer_key_value_heads(heads: dict):
+    own = build_model("falcon-tiny-rw").config.to_dict()
+    config = AutoConfig.for_model(**{**own, "parallel_attn": True, **heads})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    flat_row.install(model)
+    assert flat_row.check(model, torch.float32, examples_share_rows=True) < 1e-5
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_have_the_loss_and_gradients_of_each_example_alone(name: str, device: str):
@@ -293,6 +310,16 @@ def test_gradients_of_tokens_that_occur_again_add_up_over_batches(name: str, dev
         add_own_gradients(own, examples)
         model(**flatten(examples)).loss.backward()
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
+
+
+@pytest.mark.parametrize("name", ["bloom-tiny", "falcon-tiny", "llama-tied"])
+def test_one_backward_may_serve_two_rows(name: str):
+    own, model, examples = build(name), build(name), make_examples()
+    flat_row.install(model)
+    for half in (examples[:2], examples[2:]):
+        add_own_gradients(own, half)
+    sum(model(**flatten(half)).loss for half in (examples[:2], examples[2:])).backward()
+    assert wrong_gradients(model, own) == {}
 
 
 class NewTensors(TorchDispatchMode):
