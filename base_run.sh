@@ -15,7 +15,7 @@ set_up "$here/requirements.txt"
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
 
-# On a CPU, huge pages for PyTorch's big tensors: fewer page faults, a third faster.
+# On a CPU, huge pages for PyTorch's big tensors: fewer page faults.
 export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 
 demo() {

@@ -203,7 +203,7 @@ def peak_flops() -> float | None:
 
 def table_of(results: dict[str, dict], shape: str) -> str:
     """Return the Markdown table of all ways, in relation to the first."""
-    header = ["way", "tokens/s", "labels/s", "ratio", "peak memory", "last loss", "logits off by leak"]
+    header = ["way", "tokens/s", "labels/s", "ratio", "peak memory", "last loss", "leak: logits off by"]
     peak = peak_flops()
     first = results["plain"]["tokens"] / results["plain"]["seconds"] if "plain" in results else None
     rows = []
@@ -269,7 +269,8 @@ def main() -> None:
             rate = result["tokens"] / result["seconds"]
             print(f"round {turn + 1}  {name:18}{rate:10,.1f} tokens/s  loss {result['losses'][-1]:.4f}", flush=True)
     results = {name: merge(rounds) for name, rounds in measured.items()}
-    command = f"python -m benchmarks.throughput {' '.join(map(str, [*given, '--rounds', options.rounds]))}"
+    written = [*map(str, given), "--rounds", str(options.rounds)]
+    command = f"python -m benchmarks.throughput {' '.join(written)}".replace(options.data, Path(options.data).name)
     place = {"command": command, "processor": measure.processor(), "versions": measure.versions()}
     name = f"throughput-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
     measure.save(options.output, name, {**place, "results": results}, table_of(results, options.shape))

@@ -75,11 +75,12 @@ FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 SHAPES: dict[str, PretrainedConfig] = {
     # 6 heads take the branch of the ALiBi slopes for head counts that are no power of two.
-    "bloom-tiny": bloom(32, 2, 4, **TINY),
-    "bloom-tiny-6-heads": bloom(48, 2, 6, **TINY),
-    "falcon-tiny": falcon(32, 2, 4, **TINY),
-    "falcon-tiny-40b": falcon(32, 2, 4, **TINY, **FALCON_40B),
-    "falcon-tiny-rw": falcon(32, 2, 4, **TINY, **FALCON_RW),
+    # FlexAttention takes no heads below 16.
+    "bloom-tiny": bloom(64, 2, 4, **TINY),
+    "bloom-tiny-6-heads": bloom(96, 2, 6, **TINY),
+    "falcon-tiny": falcon(64, 2, 4, **TINY),
+    "falcon-tiny-40b": falcon(64, 2, 4, **TINY, **FALCON_40B),
+    "falcon-tiny-rw": falcon(64, 2, 4, **TINY, **FALCON_RW),
     "bloom-demo": bloom(192, 4, 6, vocab_size=DEMO_VOCAB_SIZE),
     "falcon-demo": falcon(192, 4, 6, vocab_size=DEMO_VOCAB_SIZE),
     "bloom-154m": bloom(512, 8, 8),

@@ -94,6 +94,28 @@ def test_a_flat_row_has_the_loss_and_gradients_of_each_example_alone(shape: str,
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", TINY_SHAPES)
+def test_compiling_the_rest_of_the_model_changes_nothing(shape: str, device: str):
+    own, model = make_installed(shape, device).train(), make_installed(shape, device).train()
+    examples = make_examples(LENGTHS, device)
+    inputs = [torch.cat(examples, 1), positions_of(LENGTHS, device), torch.cat(list(map(mask_prompt, examples)), 1)]
+    expected = own(*inputs).loss
+    expected.backward()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    loss = torch.compile(model, backend=backend)(*inputs).loss
+    loss.backward()
+    assert graphs, "nothing was compiled"
+    assert off_by(loss, expected) <= TOLERANCE[device]
+    assert wrong_gradients(model, own, TOLERANCE[device]) == {}
+
+
 @pytest.mark.parametrize("shape", ["falcon-tiny", "falcon-tiny-40b"])
 @torch.no_grad()
 def test_rotations_start_anew_with_each_example(shape: str):
