@@ -217,7 +217,7 @@ def test_the_bias_of_each_key_is_alibis_counted_from_its_example(shape: str):
         return
     slopes, positions = paper_slopes(model.config.num_attention_heads)[:, None], position_ids.float()
     if shape == "falcon-tiny-rw":
-        expected = (slopes.bfloat16() * positions.bfloat16()).float() / math.sqrt(8)
+        expected = (slopes.bfloat16() * positions.bfloat16()).float() / math.sqrt(model.config.head_dim)
     else:
         expected = slopes * positions
     assert bias.dtype == torch.float32
@@ -281,7 +281,7 @@ def test_16_bits_know_nothing_of_the_long_example_before(shape: str, monkeypatch
     assert off_by(model(both, position_ids).logits[:, 1000:].float(), expected) <= 0.01
     ramp = attention.key_bias(model, positions_of((1024,)))
     monkeypatch.setattr(attention, "key_bias", lambda *_: ramp.bfloat16().float())
-    assert off_by(model(both, position_ids).logits[:, 1000:].float(), expected) > 0.05
+    assert off_by(model(both, position_ids).logits[:, 1000:].float(), expected) > 0.03
 
 
 @pytest.fixture
