@@ -15,6 +15,7 @@ import torch
 from benchmarks import measure
 from sft import flat_row
 from sft.loss import IGNORE_INDEX
+from sft.program import ArgumentParser, run_program
 from sft.random_model import SHAPES, build_model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -85,7 +86,7 @@ def plot(points: dict[str, dict[int, dict]], title: str, path: Path) -> None:
 
 def main() -> None:
     """Measure every way at every length, and print, draw and save the results."""
-    parser = argparse.ArgumentParser(description="Compare the peak memory of a forward and a backward.")
+    parser = ArgumentParser(description="Compare the peak memory of a forward and a backward.")
     parser.add_argument("--shape", default="bloom-154m", choices=SHAPES)
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table, JSON and plot")
     parser.add_argument("--only", nargs=2, metavar=("WAY", "LENGTH"), help=argparse.SUPPRESS)  # one point's process
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

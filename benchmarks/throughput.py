@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ from sft.dataset import flatten, load_examples
 from sft.loss import IGNORE_INDEX
 from sft.models import load_tokenizer
 from sft.packing import PackedDataset
+from sft.program import ArgumentParser, UserError, run_program
 from sft.random_model import SHAPES, build_model, read_texts, train_tokenizer
+from sft.shards import find_shards
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # as base_run.sh and ds_all.sh set it
 # Dense bf16 products, TFLOP/s, from the makers' data sheets.
@@ -237,7 +240,7 @@ def merge(rounds: Sequence[dict]) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compare ways to fine-tune: tokens per second and peak memory.")
+    parser = ArgumentParser(description="Compare ways to fine-tune: tokens per second and peak memory.")
     parser.add_argument("--shape", default="bloom-154m", choices=SHAPES)
     parser.add_argument("--data", required=True, help="instruction rows, as train_sft.py takes them")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each way and round")
@@ -258,6 +261,9 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure_way(options.only, options)))
         return
+    find_shards(options.data, "--data")
+    if any(WAYS[name].trl for name in options.ways) and not find_spec("trl"):
+        raise UserError("TRL is not installed; pip install -r benchmarks/requirements.txt, or type --ways plain ours")
     given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
     given += ["--max_length", options.max_length, *(["--checkpointing"] if options.checkpointing else [])]
     given += ["--vocab_size", options.vocab_size] if options.vocab_size else []
@@ -277,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -40,3 +40,10 @@ def test_memory_above_the_model_grows_with_the_row(way):
     given = ["--shape", "bloom-demo", "--only", way]
     short, long = (json.loads(run("benchmarks.memory", *given, length))["bytes"] for length in (512, 2048))
     assert 0 < short < long
+
+
+@pytest.mark.parametrize("module", ["throughput", "memory"])
+def test_a_mistake_is_one_line_and_exit_code_2(module):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--shape", "bloom-tiny", "--no_such_flag"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--no_such_flag" in done.stderr
