@@ -42,8 +42,15 @@ def test_memory_above_the_model_grows_with_the_row(way):
     assert 0 < short < long
 
 
-@pytest.mark.parametrize("module", ["throughput", "memory"])
-def test_a_mistake_is_one_line_and_exit_code_2(module):
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--shape", "bloom-tiny", "--no_such_flag"]
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [
+        ("throughput", ["--data", "nowhere"], "--data nowhere does not exist"),
+        ("throughput", [], "the following arguments are required: --data"),
+        ("memory", ["--no_such_flag"], "--no_such_flag"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--shape", "bloom-tiny", *given]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--no_such_flag" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
