@@ -7,6 +7,7 @@ process of its own, one after the other, and all of them again in each round. TR
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -98,7 +99,8 @@ class Meter(TrainerCallback):
 def make_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
     """Return a tokenizer of the shape's family, trained on the rows and kept for the next process."""
     family, vocab_size = SHAPES[options.shape].model_type, options.vocab_size or SHAPES[options.shape].vocab_size
-    folder = Path(tempfile.gettempdir(), f"benchmark_{family}_{vocab_size}_{Path(options.data).stem}")
+    rows = hashlib.sha256("".join(read_texts(options.data)).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"benchmark_{family}_{vocab_size}_{rows}")
     if not folder.exists():
         train_tokenizer(family, read_texts(options.data), vocab_size).save_pretrained(folder)
     tokenizer = load_tokenizer(str(folder), options.max_length)
