@@ -1,42 +1,45 @@
 #!/bin/sh
-# Fine-tune on every GPU of this host, or of the hosts in HOSTFILE, with DeepSpeed ZeRO-2 or ZeRO-3.
-#   sh ds_all.sh                                     bloom-560m on data_proj/opendata, ZeRO-2
-#   MODEL=bigscience/bloom-7b1 OUTPUT=output_dir/bloom-7b1 ZERO_STAGE=3 sh ds_all.sh
+# Fine-tune on every GPU of this host, or of several hosts, with DeepSpeed ZeRO-2 or ZeRO-3.
+#   sh ds_all.sh                                     bloom-560m on data_proj/opendata, every GPU, ZeRO-2
+#   MODEL=bigscience/bloom-7b1 OUTPUT=output_dir/bloom-7b1 ZERO_STAGE=3 NUM_GPUS=4 sh ds_all.sh
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh ds_all.sh --num_train_epochs 1
-#   HOSTFILE=hosts sh ds_all.sh                      lines "host slots=8"; reached by ssh, same paths on each
+#   OFFLOAD=optimizer sh ds_all.sh                   optimizer states in the host's memory
+#   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=/nvme/here in files there
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh ds_all.sh       on each of two hosts, with its own NODE_RANK
+#   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on each
 #   DEVICE=cpu NUM_GPUS=2 sh ds_all.sh               two ranks on the CPU, to try things out
+# SIGTERM saves at the next step and ends with exit code 75; what has not ended GRACE_SECONDS (25) later is killed.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt"
 
-# An unused port, so that two runs on one host do not meet.
-MASTER_PORT=${MASTER_PORT:-$("$PYTHON" -c '
-import socket
-with socket.socket() as free:
-    free.bind(("", 0))
-    print(free.getsockname()[1])')}
-
 # On a CPU, huge pages for PyTorch's big tensors: fewer page faults.
 export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${DEVICE:-gpu}" = cpu ]; then
     export DS_ACCELERATOR=cpu
     set -- --use_cpu True "$@"
-    launch="--num_accelerators ${NUM_GPUS:-2}"
-elif [ -n "${HOSTFILE:-}" ]; then
-    launch="--hostfile $HOSTFILE${NUM_GPUS:+ --num_gpus $NUM_GPUS}"
-else
-    launch="${NUM_GPUS:+--num_gpus $NUM_GPUS}"
 fi
+if [ -n "${HOSTFILE:-}" ]; then
+    launch="-m deepspeed.launcher.runner --hostfile $HOSTFILE --no_local_rank --master_port ${MASTER_PORT:-29500}"
+    launch="$launch${NUM_GPUS:+ --num_gpus $NUM_GPUS}${MASTER_ADDR:+ --master_addr $MASTER_ADDR}"
+else
+    launch="-m sft.launch --nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0}${NUM_GPUS:+ --ranks $NUM_GPUS}"
+    launch="$launch${MASTER_ADDR:+ --master_addr $MASTER_ADDR}${MASTER_PORT:+ --master_port $MASTER_PORT}"
+    [ "${DEVICE:-gpu}" != cpu ] || launch="$launch --cpu"
+fi
+[ -z "${OFFLOAD_DIR:-}" ] || set -- --offload_dir "$OFFLOAD_DIR" "$@"
 
 # $launch is several words.
 # shellcheck disable=SC2086
-exec "$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" $launch "$here/train_sft.py" \
+exec "$PYTHON" $launch "$here/train_sft.py" \
     --model_name_or_path "${MODEL:-bigscience/bloom-560m}" \
     --data_path "${DATA:-$here/data_proj/opendata}" \
     --output_dir "${OUTPUT:-output_dir/bloom-560m-zero${ZERO_STAGE:-2}}" \
     --deepspeed "$here/ds_zero${ZERO_STAGE:-2}_config.json" \
+    --offload "${OFFLOAD:-none}" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
     --packing True \

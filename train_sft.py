@@ -8,33 +8,29 @@ Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md);
 """
 
 import difflib
-import json
-import math
 import os
-import shutil
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import (
     GenerationConfig,
     HfArgumentParser,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerState,
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from sft import flat_row, report
+from sft import disk, flat_row, report, resume, zero
 from sft.dataset import DataReport, flatten, load_examples
-from sft.loss import IGNORE_INDEX
-from sft.models import load_config, load_model, load_tokenizer, locate
+from sft.models import count_parameters, load_config, load_model, load_tokenizer, locate
 from sft.packing import PackedDataset, examples_of
 from sft.program import OneLineErrors, UserError, one_line, run_program
+from sft.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -72,7 +68,18 @@ class TrainingArguments(transformers.TrainingArguments):
     fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default where the GPU lacks bf16."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a mean for a loss that is no number."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
+    save_optimizer_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints that keep their optimizer state; older ones become weights alone."}
+    )
+    offload: str = field(
+        default="none",
+        metadata={"help": "ZeRO: keep optimizer states, or all, in host memory.", "choices": zero.OFFLOADS},
+    )
+    offload_dir: str | None = field(
+        default=None, metadata={"help": "ZeRO-3: a folder on an NVMe disk for what is offloaded."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None and self.fp16 is None:
@@ -80,6 +87,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = on_gpu and not self.bf16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.deepspeed:
+            pin_memory = torch.cuda.is_available() and not self.use_cpu
+            self.deepspeed = zero.read_configuration(self.deepspeed, self.offload, self.offload_dir, pin_memory)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         if self.n_gpu > 1:
@@ -122,24 +132,26 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise UserError(f"--output_dir {output_dir} is a file; expected a folder, new or of an earlier run")
     if output_dir.exists() and model.exists() and output_dir.samefile(model):
         raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
+    disk.check_writable(training_args.output_dir)
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
     if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):
         installed = ", ".join(get_available_reporting_integrations()) or "none"
         raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
+    if training_args.train_sampling_strategy not in ("random", "sequential"):
+        strategy = training_args.train_sampling_strategy
+        raise UserError(f"--train_sampling_strategy {strategy} saves padding, which rows here have not; type random")
+    if (training_args.offload != "none" or training_args.offload_dir) and not training_args.deepspeed:
+        raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
+    if training_args.offload != "none":
+        zero.check_machine(training_args)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != training_args.world_size:
         # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
         raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and model
-
-
-def make_tokenizer(location: str, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after making sure that there is a causal language model behind it."""
-    load_config(location, training_args.cache_dir)
-    return load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
+# -------------------------------------------------------------------------------------------------------------- model
 
 
 def make_model(location: str, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -181,127 +193,42 @@ def make_data(
     return train_dataset, eval_dataset, reports
 
 
-def fill_last_batches(dataset: Dataset, multiple: int) -> Dataset:
-    """Append examples without labels up to a multiple of all ranks' batches.
+# ------------------------------------------------------------------------------------------------------------- the run
 
-    Ranks must run the same number of batches, and accelerate would fill the last ones with rows already counted.
+
+def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows: Sequence) -> tuple[dict, Path | None]:
+    """Return the run's settings, kept with its checkpoints, and the checkpoint that it goes on from, if any.
+
+    Raises UserError if that one was made with others, or the disk has no room for those to come.
     """
-    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "length": 1, "place": "", "note": ""}
-    num_empty = -len(dataset) % multiple
-    columns = {name: [value] * num_empty for name, value in empty.items()}
-    return concatenate_datasets([dataset, Dataset.from_dict(columns, dataset.features)])
+    disk.check_shared(training_args)
+    num_parameters, stage = count_parameters(config), zero.stage_of(training_args)
+    num_steps, _ = report.count_steps(training_args, len(rows))
+    settings = resume.settings_of(training_args, rows, stage, num_parameters)
+    resumed = resume.find(training_args, settings, num_steps)
+    num_bytes = disk.checkpoint_bytes(num_parameters, training_args, stage)
+    disk.check_room(training_args, num_steps, num_bytes)
+    return settings, resumed
 
 
-# ------------------------------------------------------------------------------------------------------------- trainer
-
-
-class Trainer(transformers.Trainer):
-    """transformers' Trainer, whose eval loss is the mean over all labelled tokens, whatever the batches."""
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None):
-        """Return the batches of the held-out rows, as many on each rank."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(fill_last_batches(dataset, self.args.eval_batch_size * self.args.world_size))
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""
-        self.eval_loss_sum, self.eval_num_labels = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.tensor([self.eval_loss_sum, self.eval_num_labels], dtype=torch.float64, device=self.args.device)
-        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
-        loss = loss_sum / num_labels
-        output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # 709 would overflow
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Add the batch's loss and labels to this rank's sums; return its summed loss."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss_sum = model(**inputs, num_items_in_batch=1).loss.detach()
-        self.eval_loss_sum += loss_sum.item()
-        self.eval_num_labels += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().item()
-        return loss_sum, None, None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save a folder to generate from: with the cache on, which training turns off, and tied weights once.
-
-        DeepSpeed ZeRO-2 hands the tied head over as a second copy, 2 GB for bloom-7b1 in 16 bits.
-        """
-        if state_dict is not None:
-            tied = self.model.all_tied_weights_keys
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        self.model.config.use_cache = True
-        with flat_row.removed(self.model):
-            super()._save(output_dir, state_dict)
-        self.model.config.use_cache = self.args.use_cache
-
-
-class LeakCheck(TrainerCallback):
-    """Before the first step: no example may see another that shares its row."""
-
-    def __init__(self, examples_share_rows: bool):
-        self.examples_share_rows = examples_share_rows
-
-    def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
-        """Raise UserError if the logits of packed examples are not those of each alone."""
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            difference = flat_row.check(model, dtype, self.examples_share_rows)
-        if state.is_world_process_zero:
-            print(f"checked  logits of examples in one row are those of each alone, to {difference:.1g}", flush=True)
-
-
-def newest_checkpoint(args: TrainingArguments) -> str | None:
-    """Return the newest complete checkpoint in the output folder; trainer_state.json is written last in each."""
-    folders = Path(args.output_dir).glob("checkpoint-*[0-9]")
-    for folder in sorted(folders, key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(folder)
-        except (OSError, ValueError):
-            if args.should_log:
-                print(f"{folder} is incomplete and left aside", file=sys.stderr)
-    return None
-
-
-def print_header(trainer: Trainer, reports: dict[str, DataReport], checkpoint: str | None) -> None:
+def print_header(trainer: Trainer, reports: dict[str, DataReport], resumed: Path | None) -> None:
     """Print what this run is about to do, and one example as the model sees it."""
     args, model = trainer.args, trainer.model
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     examples = examples_of(trainer.train_dataset)
     lines = {
-        "model": f"{model.config.model_type}, {num_parameters(model):,} parameters",
+        "model": f"{model.config.model_type}, {trainer.settings['parameters']:,} parameters",
         **{name: report.data_line(data_report) for name, data_report in reports.items()},
         "examples": f"{len(examples):,} trained on, {num_held_out:,} held out",
         "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
         "steps": report.steps_line(args, trainer.train_dataset),
         "device": report.device_line(args),
-        "output": f"{args.output_dir}, " + (f"going on from {checkpoint}" if checkpoint else "a new run"),
+        "memory": report.memory_line(args, model),
+        "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
         "example": report.marked_example(trainer.processing_class, examples[0]),
     }
     for name, text in lines.items():
         print(f"{name:9}{text}", flush=True)
-
-
-def num_parameters(model: PreTrainedModel) -> int:
-    """Count the parameters, also where ZeRO-3 has split them over the ranks."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-
-def steps_made(checkpoint: str) -> int:
-    """Return how many optimizer steps a checkpoint has behind it."""
-    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
-
-
-def adopt(trainer: Trainer, checkpoint: str) -> None:
-    """Make a checkpoint that has every step the result, byte for byte; the Trainer would train one step more."""
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-    if trainer.is_world_process_zero():
-        print(f"{checkpoint} has made all its {trainer.state.global_step:,} steps", flush=True)
-        for file in Path(checkpoint).iterdir():
-            if file.suffix in {".json", ".safetensors", ".jinja"}:  # the model, without the optimizer
-                shutil.copyfile(file, Path(trainer.args.output_dir, file.name))
 
 
 def describe(trainer: Trainer, base: str, data_path: str, data_report: DataReport) -> None:
@@ -324,10 +251,12 @@ def main() -> None:
     check_arguments(model_args, data_args, training_args)
 
     location = locate(model_args.model_name_or_path, training_args.cache_dir)
-    tokenizer = make_tokenizer(location, training_args)
+    config = load_config(location, training_args.cache_dir)
+    tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
     train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
     if data_args.packing:
         train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
+    settings, resumed = prepare_run(training_args, config, train_dataset)
     model = make_model(location, training_args, tokenizer)
     flat_row.install(model)
     batch_sizes = [training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1]
@@ -339,19 +268,15 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[LeakCheck(examples_share_rows=data_args.packing or max(batch_sizes) > 1)],
+        settings=settings,
+        examples_share_rows=data_args.packing or max(batch_sizes) > 1,
     )
-    checkpoint = training_args.resume_from_checkpoint or newest_checkpoint(training_args)
     if trainer.is_world_process_zero():
-        print_header(trainer, reports, checkpoint)
+        print_header(trainer, reports, resumed)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
-    if checkpoint and steps_made(checkpoint) >= report.count_steps(training_args, len(train_dataset))[0]:
-        adopt(trainer, checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
+    trainer.train_to_the_end(resumed, report.count_steps(training_args, len(train_dataset))[0])
+    trainer.save_result()
     if trainer.is_world_process_zero():
         describe(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
     # A process group still open at exit can abort a rank whose work is done.

@@ -88,6 +88,13 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
     return config
 
 
+def count_parameters(config: PretrainedConfig) -> int:
+    """Return a model's number of parameters, tied ones once, without making any of them."""
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _is_encoder(config: PretrainedConfig) -> bool:
     """Tell whether a model of a family that knows both directions (bert, roberta) reads in both."""
     return getattr(config, "is_decoder", None) is False

@@ -3,13 +3,43 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+KEYBOARD_INTERRUPT = 130  # the exit code of Ctrl-C: 128 and the number of its signal
 
-class UserError(Exception):
+
+class EarlyEndError(Exception):
+    """The end of a program that has not done what it was asked for, with a message and an exit code."""
+
+    exit_code = 1
+    word = "stopped"
+
+
+class UserError(EarlyEndError):
     """A mistake of the user's; the message says what was given, what was expected and what to type."""
+
+    exit_code = 2
+    word = "error"
+
+
+class OneRankError(UserError):
+    """A mistake, or a full disk, that other ranks need not meet; the rank that does prints it."""
+
+
+class WastedRunError(EarlyEndError):
+    """Training that comes to nothing: what happened, at which step, what is left, what to change."""
+
+    exit_code = 3
+
+
+class InterruptedRunError(EarlyEndError):
+    """A run that saved itself because it was told to end; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
 
 
 class OneLineErrors:
@@ -30,17 +60,31 @@ def one_line(error: BaseException) -> str:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run `main`; on a `UserError` print it as one line on standard error and exit with code 2.
+    """Run `main`; on an `EarlyEndError` print it as one line on standard error and exit with its code.
 
     Every rank of a distributed run meets the same mistake, so only the first rank of each host prints it.
     """
     # DeepSpeed, imported by accelerate, warns on every machine without a GPU; our own header names the device.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    # DeepSpeed calls torch by a name that torch has since changed, and every rank would say so at every save.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     try:
         main()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except EarlyEndError as end:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(end, OneRankError):
+            print(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr, flush=True)
+        _leave(end)
     except KeyboardInterrupt:
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of a launcher, would be a traceback
+        sys.exit(KEYBOARD_INTERRUPT)
+
+
+def _leave(end: EarlyEndError) -> NoReturn:
+    """Exit with the code of `end`, not that of an abort, which a process group still open can cause."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        if isinstance(end, OneRankError):  # the others wait for this rank and would wait on
+            sys.stdout.flush()
+            os._exit(end.exit_code)
+        distributed.destroy_process_group()
+    sys.exit(end.exit_code)

@@ -9,8 +9,10 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from sft import zero
 from sft.dataset import DataReport
 from sft.loss import IGNORE_INDEX
 from sft.packing import PackedDataset, examples_of
@@ -125,8 +127,27 @@ def device_line(args: TrainingArguments) -> str:
     """Return where a run computes and in which precision; the master weights are always fp32."""
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
     computed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    deepspeed = f", DeepSpeed {Path(str(args.deepspeed)).name}" if args.deepspeed else ""
-    return f"{name} ({args.device.type}), fp32 weights, computed in {computed}{deepspeed}"
+    ranks = f"{args.world_size} x " if args.world_size > 1 else ""
+    sharing = f", ZeRO-{stage}" if (stage := zero.stage_of(args)) else ", each with the whole model" if ranks else ""
+    offload = {"none": "", "optimizer": ", optimizer states offloaded", "all": ", all states offloaded"}[args.offload]
+    where = f" to {args.offload_dir}" if args.offload_dir else ""
+    return f"{ranks}{name} ({args.device.type}){sharing}{offload}{where}; fp32 weights, computed in {computed}"
+
+
+def gib(num_bytes: float) -> str:
+    """Return a size in GiB, or in MiB below a tenth of one."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def memory_line(args: TrainingArguments, model: nn.Module) -> str:
+    """Return what weights, gradients and optimizer states take, and who says so."""
+    on_device, on_host = zero.model_state_bytes(args, model)
+    if not zero.stage_of(args):
+        return f"{gib(on_device)} on each device for weights, gradients and AdamW, and activations on top"
+    return (
+        f"{gib(on_device)} on each device and {gib(on_host)} on each host for weights, gradients and AdamW, as "
+        "DeepSpeed estimates for 16 bits, and activations on top"
+    )
 
 
 def losses(log_history: Sequence[dict], name: str = "loss") -> list[tuple[int, float]]:

@@ -1,0 +1,234 @@
+"""Checkpoints that can be trusted: written under another name, checked, renamed, and marked as complete at the end.
+
+    O/unfinished/checkpoint-20         while it is written
+    O/checkpoint-20                    checked
+    O/checkpoint-20/complete.json      its files with their sizes, and the settings of the run; without it, or where a
+                                       size differs, the folder is left aside
+
+O is the run's output folder.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from sft.program import UserError, one_line
+
+MARKER = "complete.json"
+UNFINISHED = "unfinished"
+STATE = "trainer_state.json"
+# What a folder of weights alone does not need: Trainer's optimizer state, and DeepSpeed's folder and its pointer.
+OPTIMIZER_FILES = ("optimizer.pt", "scaler.pt", "global_step*", "latest", "zero_to_*.py")
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of optimizer steps behind the checkpoint `O/checkpoint-N`."""
+    return int(folder.name.split("-")[-1])
+
+
+def folders_in(output_dir: str) -> list[Path]:
+    """Return the checkpoints in an output folder, complete or not, oldest first."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    return sorted(folders, key=step_of)
+
+
+# ------------------------------------------------------------------------------------------------- whole, or left aside
+
+
+def fault_of(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be trusted, or None if it is complete."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MARKER}, so its save did not end"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MARKER} cannot be read: {one_line(error)}"
+    if not any(name.endswith(".safetensors") for name in files):
+        return "it has no weights"
+    for name, size in files.items():
+        found = folder / name
+        if not found.is_file():
+            return f"{name} is missing"
+        if found.stat().st_size != size:
+            return f"{name} has {found.stat().st_size:,} of its {size:,} bytes"
+    return fault_of_weights(folder)
+
+
+def fault_of_weights(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> str | None:
+    """Return what is wrong with the safetensors files of a folder, from their headers, or None.
+
+    `shapes` are what the model saves, by name, a tied head not among them; by default any names, none of them empty.
+    """
+    saved = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                saved |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} cannot be read: {one_line(error)}"
+    if empty := [name for name, shape in saved.items() if 0 in shape]:
+        return f"{len(empty)} tensors are empty, such as {empty[0]}"
+    if shapes is None:
+        return None
+    if wrong := shapes.keys() ^ saved.keys():
+        return f"{len(wrong)} tensors are missing or too many, such as {min(wrong)}"
+    if wrong := [name for name, shape in shapes.items() if saved[name] != shape]:
+        return f"{wrong[0]} has the shape {saved[wrong[0]]}, not {shapes[wrong[0]]}"
+    return None
+
+
+def complete_steps(output_dir: str, tell: bool = False) -> list[int]:
+    """Return the steps of the complete checkpoints, oldest first; `tell` prints a line for each of the others."""
+    faults = {folder: fault_of(folder) for folder in folders_in(output_dir)}
+    for folder, fault in faults.items():
+        if fault and tell:
+            print(f"{folder} is incomplete and left aside: {fault}", file=sys.stderr, flush=True)
+    return [step_of(folder) for folder, fault in faults.items() if not fault]
+
+
+def newest(output_dir: str) -> Path | None:
+    """Return the newest complete checkpoint of an output folder."""
+    steps = complete_steps(output_dir)
+    return Path(output_dir, f"checkpoint-{steps[-1]}") if steps else None
+
+
+def finish(unfinished: Path, output_dir: str, shapes: dict[str, tuple[int, ...]], settings: dict) -> Path:
+    """Check a written checkpoint, bring it to the disk, give it its name and then its marker; return where it is now.
+
+    Raises UserError if it is not what the run's model needs.
+    """
+    if fault := fault_of_weights(unfinished, shapes):
+        raise UserError(f"{unfinished} was not saved well: {fault}; {what_is_left(output_dir)}")
+    files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
+    for file in files.values():
+        _to_disk(file)
+    folder = Path(output_dir, unfinished.name)
+    if folder.exists():  # of an earlier, incomplete save
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    _to_disk(folder.parent)
+    mark(folder, settings, list(files))
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+    return folder
+
+
+def mark(folder: Path, settings: dict, names: Sequence[str]) -> None:
+    """Write the marker: the sizes of the named files, and the settings that a run which goes on must share."""
+    marker = {
+        "files": {name: (folder / name).stat().st_size for name in names},
+        "settings": settings,
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")},
+    }
+    beside = folder / f"{MARKER}.part"
+    beside.write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    _to_disk(beside)
+    beside.rename(folder / MARKER)
+    _to_disk(folder)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_apart(folder: Path) -> None:
+    """Load a checkpoint's configuration, tokenizer and weights' names and shapes in a process of its own.
+
+    Raises UserError with its last line if plain transformers, without anything of this run, does not.
+    """
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as Model, AutoTokenizer;"
+        "AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "model, found = Model.from_pretrained(sys.argv[1], device_map='meta', output_loading_info=True);"
+        "wrong = [key for key in found['missing_keys']] + [key for key in found['unexpected_keys']];"
+        "sys.exit(f'{len(wrong)} tensors do not fit, such as {wrong[0]}' if wrong else 0)"
+    )
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, folder], env={**alone, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    if result.returncode:
+        last = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(
+            f"{folder} does not load in a process of its own: {last}; {what_is_left(str(folder.parents[1]))}"
+        )
+
+
+def drop_older(output_dir: str, kept: int | None, best: str | None = None) -> None:
+    """Delete the oldest complete checkpoints but the `kept` newest and the best, and incomplete ones older than they.
+
+    None, or no positive number, keeps all complete ones.
+    """
+    steps = complete_steps(output_dir)
+    kept_steps = steps[-kept:] if kept and kept > 0 else steps
+    for folder in folders_in(output_dir):
+        is_best = best is not None and folder.name == Path(best).name
+        is_older = kept_steps and step_of(folder) < kept_steps[-1]
+        if step_of(folder) not in kept_steps and is_older and not is_best:
+            (folder / MARKER).unlink(missing_ok=True)  # first, so that no half of it looks whole
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep_weights_alone(folder: Path) -> None:
+    """Delete the optimizer state of a complete checkpoint, which then serves to start from but not to go on."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    (folder / MARKER).unlink()
+    for pattern in (*OPTIMIZER_FILES, "rng_state*.pth", "scheduler.pt"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    mark(folder, marker["settings"], [name for name in marker["files"] if (folder / name).is_file()])
+
+
+def can_go_on(folder: Path) -> bool:
+    """Tell whether a complete checkpoint has its optimizer state."""
+    return (folder / "optimizer.pt").exists() or (folder / "latest").exists()
+
+
+def publish(source: Path, output_dir: str) -> None:
+    """Make the model in `source` the result in `output_dir`, each file there whole or not at all.
+
+    Weights are linked, which takes no room, or copied where the disk knows no links.
+    """
+    for file in sorted(source.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".jinja"} and file.name not in {MARKER, STATE}:
+            beside = Path(output_dir, f"{file.name}.part")
+            beside.unlink(missing_ok=True)
+            if file.suffix != ".safetensors" or not _linked(file, beside):
+                shutil.copyfile(file, beside)
+            beside.rename(Path(output_dir, file.name))
+
+
+def _linked(file: Path, link: Path) -> bool:
+    try:
+        os.link(file, link)
+    except OSError:
+        return False
+    return True
+
+
+def what_is_left(output_dir: str) -> str:
+    """Return what an error may say of the checkpoints that are there, and what to type."""
+    folder = newest(output_dir)
+    if folder is None:
+        return "no complete checkpoint is there; free the disk and type the same command again"
+    return f"{folder} is whole; free the disk and type the same command again to go on from it"
+
+
+def what_to_go_back_to(output_dir: str) -> str:
+    """Return what the message of a wasted run may say of its checkpoints."""
+    folder = newest(output_dir)
+    if folder is None:
+        return "no checkpoint was saved before it; give another --output_dir or the same one"
+    return (
+        f"the last checkpoint is {folder}; go on from its weights: --model_name_or_path {folder} --output_dir ANOTHER"
+    )

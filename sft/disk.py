@@ -1,0 +1,123 @@
+"""Room on the disk, before a run and before each save, and what a full or foreign disk looks like."""
+
+import errno
+import math
+import os
+import shutil
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+
+from sft.checkpoint import UNFINISHED, drop_older, folders_in, what_is_left
+from sft.program import UserError, one_line
+from sft.report import gib
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+def checkpoint_bytes(num_parameters: int, args: TrainingArguments, zero_stage: int) -> int:
+    """Estimate a checkpoint: weights, fp32 master weights where DeepSpeed has them, two fp32 moments of AdamW.
+
+    ZeRO-2 saves the weights twice: for plain transformers and in DeepSpeed's own file.
+    """
+    weight_bytes = 2 if zero_stage and (args.bf16 or args.fp16) else 4
+    if args.save_only_model:
+        return num_parameters * weight_bytes
+    copies = 2 if zero_stage in (1, 2) else 1
+    return num_parameters * (copies * weight_bytes + (12 if zero_stage else 8))
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise UserError if the output folder cannot be made or written to; leave no trace."""
+    folder = Path(output_dir)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    probe = existing / f".written-by-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir} cannot be written to: {one_line(error)}; give a folder on a writable disk"
+        ) from None
+
+
+def check_shared(args: TrainingArguments) -> None:
+    """Raise UserError if several hosts have not one output folder, unless each saves into its own."""
+    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size):
+        return
+    probe = Path(args.output_dir, ".from-the-first-host")
+    if args.process_index == 0:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    gather_object([None])  # until it is there
+    is_shared = all(gather_object([probe.exists()]))
+    if args.process_index == 0:
+        probe.unlink()
+    if not is_shared and not args.save_on_each_node:
+        raise UserError(
+            f"--output_dir {args.output_dir} is not one folder for all hosts, and each would have a part of a "
+            "checkpoint; give a folder on a shared disk, or type --save_on_each_node True"
+        )
+    if is_shared and args.save_on_each_node:
+        raise UserError(
+            f"--output_dir {args.output_dir} is one folder for all hosts, which would write over one another; leave "
+            "out --save_on_each_node"
+        )
+
+
+def num_at_once(args: TrainingArguments, num_steps: int) -> int:
+    """Return how many checkpoints a run of so many steps has on the disk at once, the one being written among them."""
+    steps_between = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(num_steps * args.save_steps))
+    by_strategy = {"no": 0, "steps": math.ceil(num_steps / steps_between), "epoch": math.ceil(args.num_train_epochs)}
+    saved = by_strategy.get(args.save_strategy.value, num_steps)
+    limit = args.save_total_limit
+    return min(saved, max(limit, 2)) if limit and limit > 0 else saved
+
+
+def check_room(args: TrainingArguments, num_steps: int, num_bytes: int) -> None:
+    """Raise UserError if the disk has no room for a run's checkpoints of `num_bytes` each, those there counted.
+
+    Without checkpoints there must be room for one, of the result.
+    """
+    at_once = max(1, num_at_once(args, num_steps))
+    there = sum(size_of(folder) for folder in folders_in(args.output_dir)[-at_once:])
+    folder = Path(args.output_dir).absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    if free < num_bytes * at_once - there:
+        raise UserError(
+            f"--output_dir {args.output_dir} has {gib(free)} free, and {gib(num_bytes * at_once - there)} are needed: "
+            f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}; give a "
+            "folder on a larger disk, or type --save_total_limit 1, or --save_only_model True, from which no run can "
+            "go on"
+        )
+
+
+def make_room(output_dir: str, name: str, num_bytes: int, kept: int | None, best: str | None) -> None:
+    """Prepare the disk for one more checkpoint, of about `num_bytes`; one complete checkpoint stays in any case.
+
+    Raises UserError if there is no room for it.
+    """
+    shutil.rmtree(Path(output_dir, UNFINISHED), ignore_errors=True)
+    drop_older(output_dir, max(1, kept - 1) if kept and kept > 0 else None, best)
+    Path(output_dir, UNFINISHED).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output_dir).free
+    if free < num_bytes:
+        raise UserError(
+            f"{name} needs about {gib(num_bytes)} and {output_dir} has {gib(free)} free; {what_is_left(output_dir)}"
+        )
+
+
+def no_room(error: BaseException, output_dir: str) -> bool:
+    """Tell whether an error while saving came from a full or read-only disk; libraries hide it in errors of theirs."""
+    texts = ("No space left", "Disk quota", "Read-only file system")
+    return (
+        getattr(error, "errno", None) in NO_ROOM
+        or any(text in str(error) for text in texts)
+        or shutil.disk_usage(output_dir).free < 2**20
+    )

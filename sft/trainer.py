@@ -1,0 +1,275 @@
+"""transformers' Trainer with an exact eval loss, each row once an epoch, checkpoints that can be trusted, and an end
+where going on would be a waste."""
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from sft import checkpoint, disk, flat_row, zero
+from sft.loss import IGNORE_INDEX
+from sft.program import InterruptedRunError, OneRankError, UserError, WastedRunError, one_line
+from sft.sampling import EpochOrder, EvenRows
+
+MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^16 to below 1
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer on flat rows; `settings` are those of `sft.resume.settings_of`."""
+
+    def __init__(self, *args, settings: dict, examples_share_rows: bool, **kwargs):
+        """Add the callbacks that check the attention before the first step, and the run between steps."""
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        self.saving_into: Path | None = None
+        self.has_saved = False
+        self.step_loss = torch.zeros((), device=self.args.device)
+        self.watch = Watch(self)
+        self.add_callback(LeakCheck(examples_share_rows))
+        self.add_callback(self.watch)
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+
+    def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, *args, **kwargs):
+        """Return the batches of rows filled up with empty ones, as many on each rank."""
+        return super()._get_dataloader(
+            EvenRows(dataset, batch_size * self.args.world_size), description, batch_size, *args, **kwargs
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """Return the order of rows in an epoch, the same on all ranks."""
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochOrder(train_dataset, data_seed)
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Run a forward and a backward; keep this rank's loss of the optimizer step."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss += loss
+        return loss
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple:
+        """Return the optimizer; AdamW over offloaded states is DeepSpeed's, which runs on the host's cores."""
+        optimizer_class, keywords = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.offload == "none":
+            return optimizer_class, keywords
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam, {name: keywords[name] for name in ("lr", "betas", "eps")}
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""
+        self.eval_loss_sum, self.eval_num_labels = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor([self.eval_loss_sum, self.eval_num_labels], dtype=torch.float64, device=self.args.device)
+        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
+        loss = loss_sum / num_labels
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # 709 would overflow
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add the batch's loss and labels to this rank's sums; return its summed loss."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss_sum = model(**inputs, num_items_in_batch=1).loss.detach()
+        self.eval_loss_sum += loss_sum.item()
+        self.eval_num_labels += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+        return loss_sum, None, None
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save a folder to generate from: with the cache on, which training turns off, and tied weights once.
+
+        DeepSpeed ZeRO-2 hands the tied head over as a second copy, 2 GB for bloom-7b1 in 16 bits.
+        """
+        if state_dict is not None:
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        self.model.config.use_cache = True
+        with flat_row.removed(self.model):
+            super()._save(output_dir, state_dict)
+        self.model.config.use_cache = self.args.use_cache
+
+    def _get_output_dir(self, trial) -> str:
+        """Return the output folder, or the one for unfinished checkpoints in it while one is written."""
+        return str(self.saving_into or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint that is there whole or not at all, then delete those beyond --save_total_limit.
+
+        Raises UserError if the disk has no room for it, or if it is not whole.
+        """
+        args, output_dir = self.args, self.args.output_dir
+        name = f"checkpoint-{self.state.global_step}"
+        unfinished = Path(output_dir, checkpoint.UNFINISHED)
+        best = self.state.best_model_checkpoint
+        num_bytes = self.checkpoint_bytes()
+        self.on_writers(lambda: disk.make_room(output_dir, name, num_bytes, args.save_total_limit, best))
+        self.saving_into = unfinished
+        try:
+            super()._save_checkpoint(model, trial)
+            if best := self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = str(Path(output_dir, Path(best).name))
+                if args.should_save:
+                    self.state.save_to_json(str(unfinished / name / checkpoint.STATE))
+        except Exception as error:  # torch, safetensors and DeepSpeed raise their own where the disk is full
+            if not disk.no_room(error, output_dir):
+                raise
+            shutil.rmtree(unfinished, ignore_errors=True)
+            left = checkpoint.what_is_left(output_dir)
+            raise OneRankError(f"{name} cannot be written to {output_dir}: {one_line(error)}; {left}") from None
+        finally:
+            self.saving_into = None
+        self.on_writers(lambda: self._finish_checkpoint(unfinished / name))
+
+    def _finish_checkpoint(self, unfinished: Path) -> None:
+        output_dir, args = self.args.output_dir, self.args
+        if not self.has_saved:  # the others of this run are made by the same code
+            checkpoint.load_apart(unfinished)
+        self.has_saved = True
+        checkpoint.finish(unfinished, output_dir, self.saved_shapes(), self.settings)
+        best = self.state.best_model_checkpoint
+        checkpoint.drop_older(output_dir, args.save_total_limit, best)
+        if args.save_optimizer_limit:
+            for step in checkpoint.complete_steps(output_dir)[: -args.save_optimizer_limit]:
+                checkpoint.keep_weights_alone(Path(output_dir, f"checkpoint-{step}"))
+
+    def on_writers(self, work: Callable[[], None]) -> None:
+        """Do `work` on the ranks that write, the first of the run or of each host; raise its UserError on all ranks."""
+        message = None
+        try:
+            if self.args.should_save:
+                work()
+        except UserError as error:
+            message = str(error)
+        if messages := [message for message in gather_object([message]) if message]:
+            raise UserError(messages[0])
+
+    def checkpoint_bytes(self) -> int:
+        """Return about how many bytes the next checkpoint takes: those of the last one, or an estimate."""
+        if self.has_saved and (last := checkpoint.newest(self.args.output_dir)):
+            return disk.size_of(last)
+        return disk.checkpoint_bytes(self.settings["parameters"], self.args, zero.stage_of(self.args))
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what the model's folder must hold, whole also where ZeRO-3 has split it."""
+        tied = self.model.all_tied_weights_keys
+        state = self.model.state_dict(keep_vars=True)
+        return {
+            name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied
+        }
+
+    def save_result(self) -> None:
+        """Make the model of the last step the result, each file in the output folder whole or not there."""
+        output_dir = self.args.output_dir
+        source = Path(output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.load_best_model_at_end or checkpoint.fault_of(source):
+            source = Path(output_dir, checkpoint.UNFINISHED, "model")
+            self.save_model(str(source))
+        self.on_writers(lambda: checkpoint.publish(source, output_dir))
+        self.on_writers(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
+        self.save_state()
+
+    # ------------------------------------------------------------------------------------------------- from the start
+
+    def train_to_the_end(self, resumed: Path | None, num_steps: int) -> TrainOutput | None:
+        """Train from the start or from a checkpoint; one that has every step already is the result as it is.
+
+        Raises InterruptedRunError after SIGTERM, with a checkpoint of the step it came in.
+        """
+        if resumed and checkpoint.step_of(resumed) >= num_steps:
+            self.state = TrainerState.load_from_json(str(resumed / checkpoint.STATE))
+            if self.is_world_process_zero():
+                print(f"{resumed} has made all its {self.state.global_step:,} steps", flush=True)
+            return None
+        output = self.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if self.watch.told_to_end and self.state.global_step < num_steps:
+            step, output_dir = self.state.global_step, self.args.output_dir
+            raise InterruptedRunError(
+                f"SIGTERM came; saved {output_dir}/checkpoint-{step} of {num_steps:,} steps; type the same command "
+                "again to go on from it"
+            )
+        return output
+
+
+class LeakCheck(TrainerCallback):
+    """Before the first step: no example may see another that shares its row."""
+
+    def __init__(self, examples_share_rows: bool):
+        self.examples_share_rows = examples_share_rows
+
+    def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
+        """Raise UserError if the logits of packed examples are not those of each alone."""
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+            difference = flat_row.check(model, dtype, self.examples_share_rows)
+        if state.is_world_process_zero:
+            print(f"checked  logits of examples in one row are those of each alone, to {difference:.1g}", flush=True)
+
+
+class Watch(TrainerCallback):
+    """Between steps, on all ranks at once: save and end after SIGTERM, and end where training comes to nothing."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.told_to_end = False
+        self.num_skipped = 0
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Take SIGTERM as a wish from now on."""
+        self.handler_before = signal.signal(signal.SIGTERM, self._take_note)
+
+    def _take_note(self, signal_number: int, frame) -> None:
+        self.told_to_end = True
+
+    def on_step_end(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Raise WastedRunError if the step's loss is 0 or not finite, or too many steps in a row were skipped."""
+        trainer = self.trainer
+        sums = torch.stack([trainer.step_loss.double(), trainer.step_loss.new_tensor(self.told_to_end).double()])
+        loss, num_told = trainer.accelerator.reduce(sums, "sum").tolist()
+        trainer.step_loss.zero_()
+        self.told_to_end = num_told > 0
+        if self.told_to_end:
+            control.should_save = control.should_training_stop = True
+        skipped = trainer.accelerator.optimizer_step_was_skipped
+        self.num_skipped = self.num_skipped + 1 if skipped else 0
+        if happened := what_is_wasted(loss, self.num_skipped):
+            raise WastedRunError(
+                f"at step {state.global_step:,} {happened}; {checkpoint.what_to_go_back_to(args.output_dir)}"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Let SIGTERM end the process again."""
+        signal.signal(signal.SIGTERM, self.handler_before)
+
+
+def what_is_wasted(loss: float, num_skipped: int) -> str | None:
+    """Return what makes going on a waste, and what to change, from a step's loss and the skipped steps in a row."""
+    lower = "a lower --learning_rate, a longer --warmup_steps"
+    if not math.isfinite(loss):
+        return f"the loss is {loss}; type {lower}, or compute in bf16 (--bf16 True) or fp32 (--fp16 False)"
+    if loss == 0:
+        return (
+            "the loss is exactly 0, as where numbers overflow in 16 bits; type --fp16 False --bf16 False to compute in "
+            f"fp32, or {lower}"
+        )
+    if num_skipped >= MAX_SKIPPED_STEPS:
+        return (
+            f"{num_skipped} steps in a row were skipped, because gradients overflow fp16 at every loss scale; compute "
+            f"in bf16 (--bf16 True) on a card that has it, or in fp32 (--fp16 False), or type {lower}"
+        )
+    return None

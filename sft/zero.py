@@ -1,0 +1,87 @@
+"""DeepSpeed ZeRO: its configuration with offload, what that asks of the machine, and the memory it takes."""
+
+import json
+import os
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainingArguments
+
+from sft.program import UserError, one_line
+
+OFFLOADS = ("none", "optimizer", "all")
+
+
+def read_configuration(path: str, offload: str, offload_dir: str | None, pin_memory: bool) -> dict:
+    """Return a DeepSpeed configuration file as a dictionary, with optimizer states or all states offloaded.
+
+    They go to the host's memory, or to files under `offload_dir`, an NVMe disk. Raises UserError if the file cannot be
+    read, or its stage does not offload so.
+    """
+    try:
+        configuration = json.loads(Path(path).read_text(encoding="utf-8"))
+        stage = configuration["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--deepspeed {path} is no DeepSpeed configuration with a ZeRO stage: {one_line(error)}; give "
+            "ds_zero2_config.json or ds_zero3_config.json"
+        ) from None
+    if stage != 3 and (offload == "all" or (offload != "none" and offload_dir)):
+        what = "weights" if offload == "all" else "anything to a disk"
+        raise UserError(f"ZeRO-{stage} does not offload {what}; type ZERO_STAGE=3 (--deepspeed ds_zero3_config.json)")
+    target = {"device": "cpu", "pin_memory": pin_memory}
+    if offload_dir:
+        target = {"device": "nvme", "nvme_path": offload_dir, "pin_memory": pin_memory}
+    if offload != "none":
+        configuration["zero_optimization"]["offload_optimizer"] = dict(target)
+    if offload == "all":
+        configuration["zero_optimization"]["offload_param"] = dict(target)
+    return configuration
+
+
+def stage_of(args: TrainingArguments) -> int:
+    """Return the run's ZeRO stage, 0 without DeepSpeed."""
+    return args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else 0
+
+
+def check_machine(args: TrainingArguments) -> None:
+    """Raise UserError if DeepSpeed cannot build here what offload needs; the first build takes a minute."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    if args.offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError("--offload_dir needs libaio; on Debian and Ubuntu: apt install libaio-dev")
+    builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if args.offload_dir else [])
+    for builder in builders:
+        try:
+            builder.load(verbose=False)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
+            reason = lines[1] if len(lines) > 1 else one_line(error)
+            raise UserError(
+                f"--offload {args.offload} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; "
+                "install g++ and, with a GPU, the CUDA toolkit that torch was built for, or type --offload none"
+            ) from None
+
+
+def model_state_bytes(args: TrainingArguments, model: nn.Module) -> tuple[int, int]:
+    """Return the bytes that weights, gradients and optimizer states take on each device and on each host.
+
+    With ZeRO they are DeepSpeed's own estimates, made for computing in 16 bits; activations are not among them.
+    """
+    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    total, stage = sum(sizes.values()), stage_of(args)
+    if not stage:
+        return 16 * total, 0
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    a_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size)
+    ranks = {"num_gpus_per_node": a_host, "num_nodes": max(1, args.world_size // a_host)}
+    if stage == 3:
+        largest = max(sum(sizes[weight] for weight in module.parameters(recurse=False)) for module in model.modules())
+        offload = {"cpu_offload": args.offload != "none", "cpu_offload_params": args.offload == "all"}
+        on_host, on_device, _ = estimate_zero3_model_states_mem_needs(total, largest, **ranks, **offload)
+    else:
+        offload = {"cpu_offload": args.offload != "none"}
+        on_host, on_device = estimate_zero2_model_states_mem_needs(total, **ranks, **offload)
+    return on_device, on_host
