@@ -217,18 +217,14 @@ def _linked(file: Path, link: Path) -> bool:
 
 
 def what_is_left(output_dir: str) -> str:
-    """Return what an error may say of the checkpoints that are there, and what to type."""
+    """Return what a message may say of the checkpoints that are there."""
     folder = newest(output_dir)
-    if folder is None:
-        return "no complete checkpoint is there; free the disk and type the same command again"
-    return f"{folder} is whole; free the disk and type the same command again to go on from it"
+    return f"{folder} is whole" if folder else "no complete checkpoint is there"
 
 
 def what_to_go_back_to(output_dir: str) -> str:
     """Return what the message of a wasted run may say of its checkpoints."""
     folder = newest(output_dir)
     if folder is None:
-        return "no checkpoint was saved before it; give another --output_dir or the same one"
-    return (
-        f"the last checkpoint is {folder}; go on from its weights: --model_name_or_path {folder} --output_dir ANOTHER"
-    )
+        return "no checkpoint was saved before it"
+    return f"the last checkpoint is {folder}; start from it: --model_name_or_path {folder} --output_dir ANOTHER"

@@ -4,13 +4,15 @@ import errno
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from sft.checkpoint import UNFINISHED, drop_older, folders_in, what_is_left
-from sft.program import UserError, one_line
+from sft.checkpoint import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
+from sft.program import OneRankError, UserError, one_line
 from sft.report import gib
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -109,8 +111,27 @@ def make_room(output_dir: str, name: str, num_bytes: int, kept: int | None, best
     free = shutil.disk_usage(output_dir).free
     if free < num_bytes:
         raise UserError(
-            f"{name} needs about {gib(num_bytes)} and {output_dir} has {gib(free)} free; {what_is_left(output_dir)}"
+            f"{name} needs about {gib(num_bytes)} and {output_dir} has {gib(free)} free; {what_is_left(output_dir)}; "
+            "free the disk and type the same command again"
         )
+
+
+@contextmanager
+def writing(output_dir: str, name: str) -> Iterator[None]:
+    """Write to the output folder; where the disk is full, raise OneRankError and leave nothing of checkpoint `name`."""
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and DeepSpeed raise their own where the disk is full
+        if not no_room(error, output_dir):
+            raise
+        shutil.rmtree(Path(output_dir, UNFINISHED), ignore_errors=True)
+        folder = Path(output_dir, name)
+        if fault_of(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise OneRankError(
+            f"{name} cannot be written to {output_dir}: {one_line(error)}; {what_is_left(output_dir)}; "
+            "free the disk and type the same command again"
+        ) from None
 
 
 def no_room(error: BaseException, output_dir: str) -> bool:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sft import checkpoint, disk, flat_row, zero
 from sft.loss import IGNORE_INDEX
-from sft.program import InterruptedRunError, OneRankError, UserError, WastedRunError, one_line
+from sft.program import InterruptedRunError, UserError, WastedRunError
 from sft.sampling import EpochOrder, EvenRows
 
 MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^16 to below 1
@@ -120,20 +120,13 @@ class Trainer(transformers.Trainer):
         num_bytes = self.checkpoint_bytes()
         self.on_writers(lambda: disk.make_room(output_dir, name, num_bytes, args.save_total_limit, best))
         self.saving_into = unfinished
-        try:
+        with disk.writing(output_dir, name):
             super()._save_checkpoint(model, trial)
             if best := self.state.best_model_checkpoint:
                 self.state.best_model_checkpoint = str(Path(output_dir, Path(best).name))
                 if args.should_save:
                     self.state.save_to_json(str(unfinished / name / checkpoint.STATE))
-        except Exception as error:  # torch, safetensors and DeepSpeed raise their own where the disk is full
-            if not disk.no_room(error, output_dir):
-                raise
-            shutil.rmtree(unfinished, ignore_errors=True)
-            left = checkpoint.what_is_left(output_dir)
-            raise OneRankError(f"{name} cannot be written to {output_dir}: {one_line(error)}; {left}") from None
-        finally:
-            self.saving_into = None
+        self.saving_into = None
         self.on_writers(lambda: self._finish_checkpoint(unfinished / name))
 
     def _finish_checkpoint(self, unfinished: Path) -> None:
@@ -141,9 +134,9 @@ class Trainer(transformers.Trainer):
         if not self.has_saved:  # the others of this run are made by the same code
             checkpoint.load_apart(unfinished)
         self.has_saved = True
-        checkpoint.finish(unfinished, output_dir, self.saved_shapes(), self.settings)
-        best = self.state.best_model_checkpoint
-        checkpoint.drop_older(output_dir, args.save_total_limit, best)
+        with disk.writing(output_dir, unfinished.name):
+            checkpoint.finish(unfinished, output_dir, self.saved_shapes(), self.settings)
+        checkpoint.drop_older(output_dir, args.save_total_limit, self.state.best_model_checkpoint)
         if args.save_optimizer_limit:
             for step in checkpoint.complete_steps(output_dir)[: -args.save_optimizer_limit]:
                 checkpoint.keep_weights_alone(Path(output_dir, f"checkpoint-{step}"))
@@ -177,12 +170,13 @@ class Trainer(transformers.Trainer):
         """Make the model of the last step the result, each file in the output folder whole or not there."""
         output_dir = self.args.output_dir
         source = Path(output_dir, f"checkpoint-{self.state.global_step}")
-        if self.args.load_best_model_at_end or checkpoint.fault_of(source):
-            source = Path(output_dir, checkpoint.UNFINISHED, "model")
-            self.save_model(str(source))
-        self.on_writers(lambda: checkpoint.publish(source, output_dir))
-        self.on_writers(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
-        self.save_state()
+        with disk.writing(output_dir, "the result"):
+            if self.args.load_best_model_at_end or checkpoint.fault_of(source):
+                source = Path(output_dir, checkpoint.UNFINISHED, "model")
+                self.save_model(str(source))
+            self.on_writers(lambda: checkpoint.publish(source, output_dir))
+            self.on_writers(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
+            self.save_state()
 
     # ------------------------------------------------------------------------------------------------- from the start
 
