@@ -1,6 +1,7 @@
 """How every program here runs and ends: a user's mistake is exit code 2 and one line, never a traceback."""
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
@@ -8,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
+
+from tqdm import tqdm
 
 KEYBOARD_INTERRUPT = 130  # the exit code of Ctrl-C: 128 and the number of its signal
 
@@ -68,23 +71,30 @@ def run_program(main: Callable[[], None]) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # DeepSpeed calls torch by a name that torch has since changed, and every rank would say so at every save.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    if "LOCAL_RANK" in os.environ:
+        _end_with_launcher()
     try:
         main()
     except EarlyEndError as end:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(end, OneRankError):
-            print(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr, flush=True)
+            tqdm.write(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr)  # on a line beside open bars
         _leave(end)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of a launcher, would be a traceback
         sys.exit(KEYBOARD_INTERRUPT)
 
 
+def _end_with_launcher() -> None:
+    """Let Linux kill this rank when its launcher is killed; it would train on, and write beside its successor."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _leave(end: EarlyEndError) -> NoReturn:
-    """Exit with the code of `end`, not that of an abort, which a process group still open can cause."""
+    """Exit with the code of `end`; a process group still open would abort, and closing it could wait for ever."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
-        if isinstance(end, OneRankError):  # the others wait for this rank and would wait on
-            sys.stdout.flush()
-            os._exit(end.exit_code)
-        distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(end.exit_code)
     sys.exit(end.exit_code)

@@ -19,9 +19,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(PROJECT))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a longer test of killed runs be asked for: sh tests/run.sh -k killed --kills 20 --rank_kills 5 -s."""
+    parser.addoption("--kills", type=int, default=2, help="how often a run of one process is killed")
+    parser.addoption("--rank_kills", type=int, default=1, help="how often a run of two ranks is killed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks in use."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "slow: several ranks, or runs that are killed and started again")
 
 
 @pytest.fixture(scope="session")

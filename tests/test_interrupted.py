@@ -1,0 +1,187 @@
+"""Runs that are killed, told to end, or find a full disk: what they leave, and how the same command goes on."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import PROJECT, SAMPLE
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+FLAGS = ["--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
+ZERO_2 = ["--use_cpu", "True", "--deepspeed", str(PROJECT / "ds_zero2_config.json")]
+LAUNCHER = ["-m", "sft.launch", "--cpu", "--ranks", "2"]
+SECONDS_TO_LIVE = 7  # of a killed run after its header; its first save takes 5 of them
+
+
+@pytest.fixture
+def start(make_model, cache_dir) -> Callable[..., subprocess.Popen]:
+    """Return a function that starts a run into an output folder, of one process or of two ranks, and returns it."""
+
+    def start(output: Path, *flags: object, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+        given = ["--model_name_or_path", make_model("bloom-tiny"), "--data_path", SAMPLE / "own_with_input.json"]
+        command = [sys.executable, *launcher, "train_sft.py", *given, "--output_dir", output, *FLAGS, *flags]
+        settings = {"HF_DATASETS_CACHE": str(cache_dir), "DS_ACCELERATOR": "cpu", **environment}
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=PROJECT,
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finish(run: subprocess.Popen) -> str:
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 0, stdout[-2000:] + stderr[-2000:]
+    return stdout + stderr
+
+
+def wait_for_training(run: subprocess.Popen) -> None:
+    for line in run.stdout:
+        if line.startswith("checked"):
+            return
+    pytest.fail(f"ended before it trained: {run.stderr.read()[-2000:]}")
+
+
+def kill(victim: psutil.Process, run: subprocess.Popen) -> None:
+    """Kill a process of a run by SIGKILL; all others must end with it."""
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    victim.kill()
+    run.communicate(timeout=60)
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive, f"{alive} went on"
+
+
+def test_killed_at_random_moments_equals_never_interrupted(request, start, tmp_path):
+    """Bit for bit, in one process; moments while a checkpoint is written are among them."""
+    kills, moments = request.config.getoption("--kills"), random.Random(request.config.getoption("--kills"))
+    flags = ["--max_steps", 60 + 60 * kills]
+    finish(start(tmp_path / "whole", *flags))
+    while_saving = 0
+    for _ in range(kills):
+        run = start(tmp_path / "killed", *flags)
+        wait_for_training(run)
+        time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
+        assert run.poll() is None, "ended before it could be killed"
+        kill(psutil.Process(run.pid), run)
+        while_saving += (tmp_path / "killed" / "unfinished").exists()
+    printed = finish(start(tmp_path / "killed", *flags))
+    print(f"killed {kills} times, {while_saving} of them while saving; then: {re.search(r'going on .*', printed)[0]}")
+    whole, killed = tmp_path / "whole" / "model.safetensors", tmp_path / "killed" / "model.safetensors"
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_two_ranks_killed_at_random_moments_equal_never_interrupted(request, start, tmp_path):
+    """The launcher or one rank is killed; the others end by themselves."""
+    kills = request.config.getoption("--rank_kills")
+    moments = random.Random(kills)
+    flags = [*ZERO_2, "--max_steps", 40 + 20 * kills]
+    finish(start(tmp_path / "whole", *flags, launcher=LAUNCHER))
+    for number in range(kills):
+        run = start(tmp_path / "killed", *flags, launcher=LAUNCHER)
+        wait_for_training(run)
+        time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
+        launcher = psutil.Process(run.pid)
+        kill(launcher if number % 2 else launcher.children()[moments.randrange(2)], run)
+    finish(start(tmp_path / "killed", *flags, launcher=LAUNCHER))
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.allclose(whole[name], killed[name], rtol=0, atol=1e-6) for name in whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, start, tmp_path):
+    more = {"launcher": LAUNCHER} if ranks == 2 else {}
+    flags = [*(ZERO_2 if ranks == 2 else []), "--max_steps", "400", "--save_steps", "300"]
+    run = start(tmp_path, *flags, **more)
+    wait_for_training(run)
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    time.sleep(1)
+    told = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    assert time.monotonic() - told < 30 and not [process for process in everyone if process.is_running()]
+    assert run.returncode == 75
+    step = int(re.search(r"^stopped: SIGTERM came; saved \S+/checkpoint-(\d+) of 400 steps", stderr, re.MULTILINE)[1])
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+
+    # Not a step of this one is left to make, so only the checkpoint can have come in.
+    flags = [step if flag == "400" else flag for flag in flags]
+    printed = finish(start(tmp_path, *flags, **more))
+    assert f"checkpoint-{step} has made all its {step:,} steps" in printed
+    assert (tmp_path / "model.safetensors").stat().st_size == (
+        tmp_path / f"checkpoint-{step}" / "model.safetensors"
+    ).stat().st_size
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MiB: room for one checkpoint of the tiny model, 2 MiB, and a part of others."""
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_weights_are_loaded(start, small_disk):
+    run = start(small_disk / "run", "--save_total_limit", "4", "--max_steps", "20")
+    stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 2 and stdout == ""
+    assert re.search(r"^error: --output_dir \S+ has 6.0 MiB free, and 7\.\d MiB are needed: 4 checkpoints", stderr)
+
+
+@pytest.mark.parametrize("left", [1.5, 0.5])
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(left, start, small_disk):
+    """With 1.5 MiB left the next save is not begun; and the estimate of 1.9 MiB not being known, it breaks off."""
+    run = start(small_disk / "run", "--max_steps", "400", "--save_steps", "100")
+    while not (small_disk / "run" / "checkpoint-100" / "complete.json").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "another file").write_bytes(bytes(int(free - left * 2**20)))
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 2
+    expected = r"^error: checkpoint-200 .*checkpoint-100 is whole; free the disk and type the same command again$"
+    assert re.search(expected, stderr, re.MULTILINE), stderr
+    assert not (small_disk / "run" / "unfinished" / "checkpoint-200").exists()
+
+    (small_disk / "another file").unlink()
+    printed = finish(start(small_disk / "run", "--max_steps", "102", "--save_steps", "100"))
+    assert "checkpoint-100" in printed and "in 102 steps" in printed
+
+
+def test_damaged_checkpoints_are_left_aside_and_an_older_one_serves(start, tmp_path):
+    flags = ["--max_steps", "8", "--save_total_limit", "10"]
+    finish(start(tmp_path, *flags))
+    result = (tmp_path / "model.safetensors").read_bytes()
+    truncated, emptied, unmarked = (tmp_path / f"checkpoint-{step}" for step in (8, 6, 4))
+    os.truncate(truncated / "optimizer.pt", 1000)
+    os.truncate(emptied / "model.safetensors", 0)
+    (unmarked / "complete.json").unlink()
+    hollow = tmp_path / "checkpoint-9"
+    hollow.mkdir()
+    (hollow / "complete.json").write_text(json.dumps({"files": {}, "settings": {}}))
+    printed = finish(start(tmp_path, *flags))
+    for folder, reason in (
+        (truncated, "optimizer.pt has 1,000 of its"),
+        (emptied, "model.safetensors has 0 of its"),
+        (unmarked, "it has no complete.json"),
+        (hollow, "it has no weights"),
+    ):
+        assert f"{folder} is incomplete and left aside: {reason}" in printed
+    assert "going on from" in printed and "checkpoint-2\n" in printed
+    assert (tmp_path / "model.safetensors").read_bytes() == result
