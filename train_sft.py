@@ -141,6 +141,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     if training_args.train_sampling_strategy not in ("random", "sequential"):
         strategy = training_args.train_sampling_strategy
         raise UserError(f"--train_sampling_strategy {strategy} saves padding, which rows here have not; type random")
+    if training_args.save_on_each_node:
+        raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
     if (training_args.offload != "none" or training_args.offload_dir) and not training_args.deepspeed:
         raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
     if training_args.offload != "none":

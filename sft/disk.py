@@ -50,7 +50,10 @@ def check_writable(output_dir: str) -> None:
 
 
 def check_shared(args: TrainingArguments) -> None:
-    """Raise UserError if several hosts have not one output folder, unless each saves into its own."""
+    """Raise UserError if several hosts have not one output folder: each would hold a part of a checkpoint.
+
+    transformers' save_on_each_node is no way out, since ZeRO-3 gathers the weights on the first rank alone.
+    """
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size):
         return
     probe = Path(args.output_dir, ".from-the-first-host")
@@ -61,15 +64,10 @@ def check_shared(args: TrainingArguments) -> None:
     is_shared = all(gather_object([probe.exists()]))
     if args.process_index == 0:
         probe.unlink()
-    if not is_shared and not args.save_on_each_node:
+    if not is_shared:
         raise UserError(
-            f"--output_dir {args.output_dir} is not one folder for all hosts, and each would have a part of a "
-            "checkpoint; give a folder on a shared disk, or type --save_on_each_node True"
-        )
-    if is_shared and args.save_on_each_node:
-        raise UserError(
-            f"--output_dir {args.output_dir} is one folder for all hosts, which would write over one another; leave "
-            "out --save_on_each_node"
+            f"--output_dir {args.output_dir} is not one folder for all hosts, and each would hold a part of a "
+            "checkpoint; give a folder on a disk that the hosts share, such as NFS"
         )
 
 

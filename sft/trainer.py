@@ -118,7 +118,7 @@ class Trainer(transformers.Trainer):
         unfinished = Path(output_dir, checkpoint.UNFINISHED)
         best = self.state.best_model_checkpoint
         num_bytes = self.checkpoint_bytes()
-        self.on_writers(lambda: disk.make_room(output_dir, name, num_bytes, args.save_total_limit, best))
+        self.on_the_first_rank(lambda: disk.make_room(output_dir, name, num_bytes, args.save_total_limit, best))
         self.saving_into = unfinished
         with disk.writing(output_dir, name):
             super()._save_checkpoint(model, trial)
@@ -127,7 +127,7 @@ class Trainer(transformers.Trainer):
                 if args.should_save:
                     self.state.save_to_json(str(unfinished / name / checkpoint.STATE))
         self.saving_into = None
-        self.on_writers(lambda: self._finish_checkpoint(unfinished / name))
+        self.on_the_first_rank(lambda: self._finish_checkpoint(unfinished / name))
 
     def _finish_checkpoint(self, unfinished: Path) -> None:
         output_dir, args = self.args.output_dir, self.args
@@ -141,8 +141,8 @@ class Trainer(transformers.Trainer):
             for step in checkpoint.complete_steps(output_dir)[: -args.save_optimizer_limit]:
                 checkpoint.keep_weights_alone(Path(output_dir, f"checkpoint-{step}"))
 
-    def on_writers(self, work: Callable[[], None]) -> None:
-        """Do `work` on the ranks that write, the first of the run or of each host; raise its UserError on all ranks."""
+    def on_the_first_rank(self, work: Callable[[], None]) -> None:
+        """Do `work` on the rank that writes, the first; raise its UserError on all ranks."""
         message = None
         try:
             if self.args.should_save:
@@ -174,8 +174,8 @@ class Trainer(transformers.Trainer):
             if self.args.load_best_model_at_end or checkpoint.fault_of(source):
                 source = Path(output_dir, checkpoint.UNFINISHED, "model")
                 self.save_model(str(source))
-            self.on_writers(lambda: checkpoint.publish(source, output_dir))
-            self.on_writers(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
+            self.on_the_first_rank(lambda: checkpoint.publish(source, output_dir))
+            self.on_the_first_rank(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
             self.save_state()
 
     # ------------------------------------------------------------------------------------------------- from the start

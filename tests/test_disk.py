@@ -1,0 +1,386 @@
+"""sft/disk.py: room is known before it is used, and a full disk costs only the one being written."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.trainer_utils import SaveStrategy
+
+from sft import checkpoint, disk
+from sft.program import OneRankError, UserError
+
+GIB = 2**30
+
+
+def write_checkpoint(output_dir: Path, step: int, num_bytes: int = 0, complete: bool = True) -> Path:
+    """Write a checkpoint whose optimizer state seems to have `num_bytes`."""
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    save_file({"weight": torch.ones(2, 3)}, folder / "model.safetensors")
+    with (folder / "global_step" / "optimizer.pt").open("wb") as file:
+        file.truncate(num_bytes)
+    if complete:
+        checkpoint.mark(folder, {}, ["model.safetensors", "global_step/optimizer.pt"])
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def args_with(output_dir: object = ".", strategy: str = "steps", **fields: object) -> SimpleNamespace:
+    defaults = {"bf16": False, "fp16": False, "save_only_model": False, "save_steps": 10, "num_train_epochs": 3.0}
+    defaults |= {"save_total_limit": None, "world_size": 2, "process_index": 0, "save_on_each_node": False}
+    return SimpleNamespace(**{**defaults, **fields}, output_dir=str(output_dir), save_strategy=SaveStrategy(strategy))
+
+
+def have_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let every disk have `num_bytes` free."""
+    usage = shutil.disk_usage
+
+    def pretended(path: object) -> SimpleNamespace:
+        usage(path)
+        return SimpleNamespace(free=num_bytes)
+
+    monkeypatch.setattr(shutil, "disk_usage", pretended)
+
+
+@contextmanager
+def mounted(folder: Path, size: str = "4m") -> Iterator[Path]:
+    """Mount a small disk, or skip the test."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted only as root, and not in every container")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk of 4 MiB, with room for files of 3 MB but not of 12."""
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
+
+
+def let_read_only(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "flags", "bytes_a_parameter"),
+    [
+        (0, {}, 12),
+        (0, {"bf16": True}, 12),
+        (0, {"save_only_model": True}, 4),
+        (0, {"save_only_model": True, "fp16": True}, 4),
+        (1, {}, 20),
+        (2, {}, 20),
+        (2, {"bf16": True}, 16),
+        (2, {"fp16": True}, 16),
+        (2, {"save_only_model": True}, 4),
+        (2, {"save_only_model": True, "bf16": True}, 2),
+        (3, {}, 16),
+        (3, {"bf16": True}, 14),
+        (3, {"save_only_model": True, "fp16": True}, 2),
+    ],
+)
+def test_a_checkpoint_has_weights_master_weights_and_moments(zero_stage, flags, bytes_a_parameter):
+    assert disk.checkpoint_bytes(1000, args_with(**flags), zero_stage) == 1000 * bytes_a_parameter
+
+
+def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):
+    (tmp_path / "global_step5").mkdir()
+    (tmp_path / "a").write_bytes(bytes(5))
+    (tmp_path / "global_step5" / "b").write_bytes(bytes(7))
+    assert disk.size_of(tmp_path) == 12
+
+
+@pytest.mark.parametrize(
+    ("strategy", "save_steps", "limit", "expected"),
+    [
+        ("no", 10, None, 0),
+        ("no", 10, 1, 0),
+        ("steps", 10, None, 10),
+        ("steps", 10, 0, 10),
+        ("steps", 10, -1, 10),
+        ("steps", 10, 1, 2),
+        ("steps", 10, 2, 2),
+        ("steps", 10, 5, 5),
+        ("steps", 10, 50, 10),
+        ("steps", 30, None, 4),
+        ("steps", 500, None, 1),
+        ("steps", 1, None, 95),
+        ("steps", 0.3, None, 4),
+        ("steps", 0.001, None, 95),
+        ("epoch", 10, None, 3),
+        ("epoch", 10, 2, 2),
+        ("best", 10, None, 95),
+        ("best", 10, 5, 5),
+    ],
+)
+def test_as_many_are_there_at_once_as_are_saved_or_kept(strategy, save_steps, limit, expected):
+    args = args_with(strategy=strategy, save_steps=save_steps, save_total_limit=limit)
+    assert disk.num_at_once(args, num_steps=95) == expected
+
+
+def test_a_begun_epoch_ends_with_a_checkpoint():
+    assert disk.num_at_once(args_with(strategy="epoch", num_train_epochs=1.2), num_steps=95) == 2
+
+
+@pytest.mark.parametrize("free", [4 * GIB - 1, 4 * GIB], ids=["too little", "just enough"])
+def test_the_checkpoints_to_come_need_room_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int):
+    output_dir = tmp_path / "not" / "there"
+    have_free(monkeypatch, free)
+    if free == 4 * GIB:
+        disk.check_room(args_with(output_dir), 20, 2 * GIB)
+    else:
+        with pytest.raises(UserError) as caught:
+            disk.check_room(args_with(output_dir), 20, 2 * GIB)
+        said = "has 4.0 GiB free, and 4.0 GiB are needed: 2 checkpoints at once of about 2.0 GiB; give"
+        assert f"--output_dir {output_dir} {said}" in str(caught.value)
+    assert names_in(tmp_path) == []
+
+
+def test_both_figures_are_in_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    have_free(monkeypatch, 50 * 2**20)
+    with pytest.raises(UserError, match=r"has 50\.0 MiB free, and 7\.5 GiB are needed: 5 checkpoints at once of about"):
+        disk.check_room(args_with(tmp_path, save_total_limit=5), 100, 3 * GIB // 2)
+
+
+def test_a_run_without_checkpoints_needs_room_for_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    args = args_with(tmp_path, strategy="no")
+    have_free(monkeypatch, 2 * GIB)
+    disk.check_room(args, 20, 2 * GIB)
+    with pytest.raises(UserError, match=r"3\.0 GiB are needed: 1 checkpoint of about 3\.0 GiB"):
+        disk.check_room(args, 20, 3 * GIB)
+
+
+def test_room_that_checkpoints_have_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for step, size in ((9, GIB // 2), (10, GIB), (11, GIB)):
+        write_checkpoint(tmp_path, step, size)
+    have_free(monkeypatch, GIB)
+    disk.check_room(args_with(tmp_path), 30, GIB)
+    with pytest.raises(UserError, match=r"has 1\.0 GiB free, and 2\.0 GiB are needed: 2 checkpoints at once of"):
+        disk.check_room(args_with(tmp_path, save_total_limit=2), 30, 2 * GIB)
+
+
+def test_a_new_folder_in_a_writable_one_passes_and_is_not_made(tmp_path: Path):
+    disk.check_writable(str(tmp_path / "not" / "there" / "yet"))
+    disk.check_writable(str(tmp_path))
+    assert names_in(tmp_path) == []
+
+
+def test_a_new_folder_beside_the_programs_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    disk.check_writable("output_dir/new")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", "new/er"])
+def test_a_read_only_disk_is_refused(small_disk: Path, name: str):
+    let_read_only(small_disk)
+    with pytest.raises(UserError) as caught:
+        disk.check_writable(str(small_disk / name))
+    assert f"--output_dir {small_disk / name} cannot be written to: [Errno 30] Read-only" in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
+def test_a_folder_of_someone_else_is_refused(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match=r"cannot be written to: \[Errno 13\]"):
+            disk.check_writable(str(tmp_path / "new"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_inside_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written to"):
+        disk.check_writable(str(tmp_path / "file" / "new"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [(None, [8, 9, 10]), (0, [8, 9, 10]), (1, [10]), (2, [10]), (3, [9, 10]), (4, [8, 9, 10])],
+)
+def test_room_is_made_for_one_more_and_one_complete_stays(tmp_path: Path, kept: int | None, left: list[int]):
+    for step in (8, 9, 10):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, 7, complete=False)
+    write_checkpoint(tmp_path / "unfinished", 11)
+    disk.make_room(str(tmp_path), "checkpoint-11", 1, kept, best=None)
+    assert checkpoint.complete_steps(str(tmp_path)) == left
+    assert names_in(tmp_path) == sorted(["unfinished", *(f"checkpoint-{step}" for step in left)])
+    assert names_in(tmp_path / "unfinished") == []
+
+
+def test_the_best_one_stays_too(tmp_path: Path):
+    for step in (8, 9, 10):
+        write_checkpoint(tmp_path, step)
+    disk.make_room(str(tmp_path), "checkpoint-11", 1, 2, best=str(tmp_path / "checkpoint-8"))
+    assert checkpoint.complete_steps(str(tmp_path)) == [8, 10]
+
+
+def test_the_first_one_finds_its_folder(tmp_path: Path):
+    disk.make_room(str(tmp_path / "new" / "run"), "checkpoint-1", 1, 1, best=None)
+    assert names_in(tmp_path / "new" / "run") == ["unfinished"]
+
+
+def test_too_little_room_is_refused_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_checkpoint(tmp_path, 9)
+    have_free(monkeypatch, 2 * GIB)
+    disk.make_room(str(tmp_path), "checkpoint-10", 2 * GIB, 1, best=None)
+    with pytest.raises(UserError) as caught:
+        disk.make_room(str(tmp_path), "checkpoint-10", 3 * GIB, 1, best=None)
+    assert str(caught.value) == (
+        f"checkpoint-10 needs about 3.0 GiB and {tmp_path} has 2.0 GiB free; {tmp_path}/checkpoint-9 is whole; free "
+        "the disk and type the same command again"
+    )
+    assert checkpoint.complete_steps(str(tmp_path)) == [9]
+
+
+def write_plainly(folder: Path) -> None:
+    with (folder / "rng_state.pth").open("wb") as file:
+        file.write(bytes(12_000_000))
+
+
+def write_with_torch(folder: Path) -> None:
+    torch.save(torch.ones(3_000_000), folder / "optimizer.pt")
+
+
+def write_with_safetensors(folder: Path) -> None:
+    save_file({"weight": torch.ones(3_000_000)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("write", [write_plainly, write_with_torch, write_with_safetensors])
+def test_a_full_disk_costs_only_the_one_being_written(small_disk: Path, write: Callable[[Path], None]):
+    write_checkpoint(small_disk, 1, 2**20)
+    unfinished = small_disk / "unfinished" / "checkpoint-2"
+    unfinished.mkdir(parents=True)
+    with pytest.raises(OneRankError) as caught, disk.writing(str(small_disk), "checkpoint-2"):
+        write(unfinished)
+    message = str(caught.value)
+    assert message.startswith(f"checkpoint-2 cannot be written to {small_disk}: ") and "\n" not in message
+    assert f"; {small_disk}/checkpoint-1 is whole; free the disk" in message
+    assert names_in(small_disk) == ["checkpoint-1"]
+    assert checkpoint.complete_steps(str(small_disk)) == [1]
+
+
+def test_a_disk_that_turns_read_only_is_told_as_well(small_disk: Path):
+    write_checkpoint(small_disk, 1)
+    let_read_only(small_disk)
+    with pytest.raises(OneRankError, match="Read-only"), disk.writing(str(small_disk), "checkpoint-2"):
+        write_with_safetensors(small_disk)
+    assert checkpoint.complete_steps(str(small_disk)) == [1]
+
+
+def test_one_without_its_marker_goes_when_the_disk_is_full(tmp_path: Path):
+    write_checkpoint(tmp_path, 2, complete=False)
+    with pytest.raises(OneRankError, match="no complete checkpoint"), disk.writing(str(tmp_path), "checkpoint-2"):
+        raise OSError(errno.ENOSPC, "No space")
+    assert names_in(tmp_path) == []
+
+
+def test_a_complete_one_stays_when_the_disk_is_full(tmp_path: Path):
+    write_checkpoint(tmp_path, 2)
+    with pytest.raises(OneRankError, match="checkpoint-2 is whole"), disk.writing(str(tmp_path), "checkpoint-2"):
+        raise OSError(errno.ENOSPC, "No space")
+    assert checkpoint.complete_steps(str(tmp_path)) == [2]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("odd"), RuntimeError("unexpected pos 704"), OSError(errno.EACCES, "no")], ids=repr
+)
+def test_other_errors_pass_through_unchanged(tmp_path: Path, error: Exception):
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(type(error)) as caught, disk.writing(str(tmp_path), "checkpoint-2"):
+        raise error
+    assert caught.value is error and type(caught.value) is not OneRankError
+    assert names_in(tmp_path) == ["unfinished"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, "something") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+        *(RuntimeError(f"I/O error: {os.strerror(number)}") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_known_by_its_number_or_its_words(tmp_path: Path, error: Exception):
+    assert disk.no_room(error, str(tmp_path))
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**20 - 1, True), (2**20, False)])
+def test_a_full_disk_is_known_by_its_free_room(tmp_path, monkeypatch, free, expected):
+    have_free(monkeypatch, free)
+    assert disk.no_room(RuntimeError("unexpected pos 704"), str(tmp_path)) == expected
+
+
+def never(objects: list) -> list:
+    raise AssertionError("ranks of one host have nothing to ask one another")
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NEITHER"])
+def test_one_host_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(disk, "gather_object", never)
+    disk.check_shared(args_with(tmp_path / "new"))
+    assert names_in(tmp_path) == []
+
+
+def let_another_host_answer(monkeypatch: pytest.MonkeyPatch, answer: bool, probe: Path, makes_probe: bool) -> list:
+    """Let a second host say whether it sees the probe; return what this one told, filled while it is asked."""
+    told: list[object] = []
+
+    def gather(mine: list) -> list:
+        if makes_probe:
+            probe.touch()
+        told.append((mine[0], probe.exists()))
+        return [*mine, answer]
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(disk, "gather_object", gather)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "on_each_node", "said"),
+    [
+        (True, False, None),
+        (False, True, None),
+        (False, False, "is not one folder for all hosts, .* or type --save_on_each_node True"),
+        (True, True, "is one folder for all hosts, .* leave out --save_on_each_node"),
+    ],
+)
+def test_hosts_share_a_folder_or_save_into_their_own(tmp_path, monkeypatch, is_shared, on_each_node, said):
+    output_dir = tmp_path / "new" / "run"
+    told = let_another_host_answer(monkeypatch, is_shared, output_dir / ".from-the-first-host", makes_probe=False)
+    with pytest.raises(UserError, match=f"--output_dir {output_dir} {said}") if said else nullcontext():
+        disk.check_shared(args_with(output_dir, save_on_each_node=on_each_node))
+    assert told == [(None, True), (True, True)]
+    assert names_in(output_dir) == []
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_the_second_host_looks_for_the_probe_of_the_first(tmp_path, monkeypatch, is_shared):
+    probe = tmp_path / ".from-the-first-host"
+    told = let_another_host_answer(monkeypatch, True, probe, makes_probe=is_shared)
+    with nullcontext() if is_shared else pytest.raises(UserError, match="is not one folder"):
+        disk.check_shared(args_with(tmp_path, process_index=1))
+    assert told == [(None, is_shared), (is_shared, is_shared)]
+    assert probe.exists() == is_shared

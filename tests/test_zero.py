@@ -1,0 +1,238 @@
+"""sft/zero.py: offload in DeepSpeed's configuration, its estimates of memory, and machines that cannot build it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROJECT
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch import nn
+
+from sft.program import UserError
+from sft.zero import OFFLOADS, check_machine, model_state_bytes, read_configuration, stage_of
+
+CPU = {"device": "cpu", "pin_memory": False}
+
+
+def shipped(stage: int) -> str:
+    return str(PROJECT / f"ds_zero{stage}_config.json")
+
+
+def offloads_of(configuration: dict) -> dict[str, dict]:
+    return {name: value for name, value in configuration["zero_optimization"].items() if name.startswith("offload_")}
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_shipped_file_is_read_as_it_is(stage, pin_memory):
+    configuration = read_configuration(shipped(stage), "none", None, pin_memory)
+    assert configuration == json.loads(Path(shipped(stage)).read_text())
+    assert offloads_of(configuration) == {}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_optimizer_states_go_to_the_hosts_memory(stage, pin_memory):
+    configuration = read_configuration(shipped(stage), "optimizer", None, pin_memory)
+    assert offloads_of(configuration) == {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
+    del configuration["zero_optimization"]["offload_optimizer"]
+    assert configuration == read_configuration(shipped(stage), "none", None, pin_memory)
+
+
+def test_all_states_go_to_the_hosts_memory():
+    configuration = read_configuration(shipped(3), "all", None, False)
+    assert offloads_of(configuration) == {"offload_optimizer": CPU, "offload_param": CPU}
+
+
+@pytest.mark.parametrize(
+    ("offload", "names"), [("optimizer", {"offload_optimizer"}), ("all", {"offload_optimizer", "offload_param"})]
+)
+def test_states_go_to_files_in_a_folder(offload, names):
+    found = offloads_of(read_configuration(shipped(3), offload, "/nvme/here", True))
+    target = {"device": "nvme", "nvme_path": "/nvme/here", "pin_memory": True}
+    assert found == dict.fromkeys(names, target)
+
+
+@pytest.mark.parametrize(
+    ("offload", "folder", "said"),
+    [
+        ("all", None, "does not offload weights"),
+        ("all", "/nvme", "does not offload weights"),
+        ("optimizer", "/nvme", "does not offload anything to a disk"),
+    ],
+)
+def test_stage_2_refuses_what_it_cannot_offload(offload, folder, said):
+    with pytest.raises(UserError) as caught:
+        read_configuration(shipped(2), offload, folder, False)
+    assert str(caught.value).startswith(f"ZeRO-2 {said}") and "type ZERO_STAGE=3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{bad", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 3}', b"\xff\xfe{"]
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        read_configuration(str(file), "none", None, False)
+    assert str(caught.value).startswith(f"--deepspeed {file} is no DeepSpeed configuration")
+    assert "ds_zero2_config.json or ds_zero3_config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_stage_is_that_of_the_configuration(stage):
+    assert stage_of(SimpleNamespace(deepspeed=read_configuration(shipped(stage), "none", None, False))) == stage
+
+
+def test_without_deepspeed_the_stage_is_0():
+    assert stage_of(SimpleNamespace(deepspeed=None)) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """1,430 parameters, the largest module's own being 1,000 and the next 420."""
+    return nn.Sequential(nn.Embedding(100, 10), nn.Sequential(nn.Linear(20, 20), nn.LayerNorm(5)))
+
+
+@pytest.fixture(autouse=True)
+def launched_by_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+
+
+def arguments(stage: int, world_size: int = 1, offload: str = "none") -> SimpleNamespace:
+    deepspeed = {"zero_optimization": {"stage": stage}} if stage else None
+    return SimpleNamespace(deepspeed=deepspeed, world_size=world_size, offload=offload)
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_without_deepspeed_each_device_has_sixteen_bytes_a_parameter(model, world_size):
+    assert model_state_bytes(arguments(0, world_size), model) == (16 * 1430, 0)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+@pytest.mark.parametrize("a_host", [1, 2, 8])
+def test_zero_3_takes_what_deepspeed_estimates(model, monkeypatch, offload, hosts, a_host):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(a_host))
+    on_host, on_device, _ = estimate_zero3_model_states_mem_needs(
+        1430, 1000, a_host, hosts, cpu_offload=offload != "none", cpu_offload_params=offload == "all"
+    )
+    assert model_state_bytes(arguments(3, hosts * a_host, offload), model) == (on_device, on_host)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+@pytest.mark.parametrize("a_host", [1, 2, 8])
+def test_zero_2_takes_what_deepspeed_estimates(model, monkeypatch, offload, hosts, a_host):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(a_host))
+    on_host, on_device = estimate_zero2_model_states_mem_needs(1430, a_host, hosts, cpu_offload=offload != "none")
+    assert model_state_bytes(arguments(2, hosts * a_host, offload), model) == (on_device, on_host)
+
+
+def test_the_arithmetic_of_two_hosts_with_four_devices_each(model, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    # The largest module's weights in 32 bits and an eighth of 18 bytes a parameter; 1.5 times 4 gathered ones a host.
+    assert model_state_bytes(arguments(3, 8), model) == (4 * 1000 + 18 * 1430 // 8, 4 * 4 * 1000 * 1.5)
+    # The weights in 16 bits; 16 bytes a parameter, halved over two hosts, and half as much again.
+    assert model_state_bytes(arguments(3, 8, "optimizer"), model) == (4000 + 2 * 1430 // 8, 16 * 1430 / 2 * 1.5)
+    assert model_state_bytes(arguments(3, 8, "all"), model) == (4000, 18 * 1430 / 2 * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "a_host"), [({}, 4), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}, 2)]
+)
+def test_the_ranks_of_a_host_are_those_its_launcher_says(model, monkeypatch, environment, a_host):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    on_host, on_device, _ = estimate_zero3_model_states_mem_needs(1430, 1000, a_host, 4 // a_host, cpu_offload=False)
+    assert model_state_bytes(arguments(3, 4), model) == (on_device, on_host)
+
+
+def test_weights_that_zero_3_has_split_count_whole(model):
+    whole = model_state_bytes(arguments(3), model)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert model_state_bytes(arguments(3), model) == whole
+
+
+# ------------------------------------------------------------------------------------------------------------- machine
+
+# What ninja says where a header is not there, its command lines cut short.
+NINJA = """Error building extension 'cpu_adam': [1/3] c++ -MMD -I/usr/include -O3 -c x.cpp
+FAILED: cpu_adam.o
+c++ -MMD -MF cpu_adam.o.d -DTORCH_EXTENSION_NAME=cpu_adam -I/usr/include -fPIC -O3 -c cpu_adam.cpp -o cpu_adam.o
+    cpu_adam.cpp:7:10: fatal error: cpu_adam.h: No such file or directory
+    7 | #include "cpu_adam.h"
+compilation terminated.
+ninja: build stopped: subcommand failed.
+"""
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return a function that checks a machine whose builders end so, and gives the names of those that were built."""
+
+    def build(offload_dir: str | None = None, has_libaio: bool = True, **errors: BaseException) -> list[str]:
+        built = []
+
+        def load(builder: CPUAdamBuilder | AsyncIOBuilder, verbose: bool = True) -> None:
+            built.append(builder.name)
+            if builder.name in errors:
+                raise errors[builder.name]
+
+        monkeypatch.setattr(CPUAdamBuilder, "load", load)
+        monkeypatch.setattr(AsyncIOBuilder, "load", load)
+        monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda builder, verbose=True: has_libaio)
+        check_machine(SimpleNamespace(offload="optimizer", offload_dir=offload_dir))
+        return built
+
+    return build
+
+
+def test_a_machine_that_builds_everything_passes(build):
+    assert build() == ["cpu_adam"]
+    assert build("/nvme") == ["cpu_adam", "async_io"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(NINJA), "cpu_adam.cpp:7:10: fatal error: cpu_adam.h: No such file or directory"),
+        (RuntimeError("Ninja is required to load C++ extensions\nmore"), "Ninja is required to load C++ extensions"),
+        (OSError("CUDA_HOME environment variable is not set"), "CUDA_HOME environment variable is not set"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_build_that_fails_is_one_line_with_the_compilers_own(build, error, reason):
+    with pytest.raises(UserError) as caught:
+        build(cpu_adam=error)
+    message = str(caught.value)
+    assert message.startswith(f"--offload optimizer needs DeepSpeed's cpu_adam, which cannot be built here: {reason};")
+    assert "install g++" in message and "type --offload none" in message
+    assert "\n" not in message and len(message) < 400
+
+
+def test_a_build_that_fails_for_the_disk_names_its_builder(build):
+    with pytest.raises(UserError, match="needs DeepSpeed's async_io, which cannot be built here: no aio;"):
+        build("/nvme", async_io=RuntimeError("no aio"))
+
+
+def test_a_disk_without_libaio_names_the_package(build):
+    with pytest.raises(UserError, match="--offload_dir needs libaio; .* apt install libaio-dev"):
+        build("/nvme", has_libaio=False)
+    assert build(has_libaio=False) == ["cpu_adam"]
