@@ -2,13 +2,16 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
 from sft.program import UserError, one_line
 
+SECONDS_TO_BUILD = 1800  # of one of DeepSpeed's extensions, which takes minutes
 OFFLOADS = ("none", "optimizer", "all")
 
 
@@ -50,6 +53,9 @@ def check_machine(args: TrainingArguments) -> None:
 
     if args.offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("--offload_dir needs libaio; on Debian and Ubuntu: apt install libaio-dev")
+    for lock in Path(get_default_build_root()).glob("*/*/lock"):
+        if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
+            raise UserError(f"{lock} is what a killed build left, and others wait for it for ever; delete it")
     builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if args.offload_dir else [])
     for builder in builders:
         try:
