@@ -205,11 +205,11 @@ def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows
     """
     disk.check_shared(training_args)
     num_parameters, stage = count_parameters(config), zero.stage_of(training_args)
-    num_steps, _ = report.count_steps(training_args, len(rows))
+    num_steps, num_epochs = report.count_steps(training_args, len(rows))
     settings = resume.settings_of(training_args, rows, stage, num_parameters)
     resumed = resume.find(training_args, settings, num_steps)
     num_bytes = disk.checkpoint_bytes(num_parameters, training_args, stage)
-    disk.check_room(training_args, num_steps, num_bytes)
+    disk.check_room(training_args, num_steps, num_epochs, num_bytes)
     return settings, resumed
 
 
@@ -259,6 +259,7 @@ def main() -> None:
     if data_args.packing:
         train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
     settings, resumed = prepare_run(training_args, config, train_dataset)
+    zero.size_buffers(training_args, config)
     model = make_model(location, training_args, tokenizer)
     flat_row.install(model)
     batch_sizes = [training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1]

@@ -10,6 +10,7 @@ O is the run's output folder.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ MARKER = "complete.json"
 UNFINISHED = "unfinished"
 STATE = "trainer_state.json"
 # What a folder of weights alone does not need: Trainer's optimizer state, and DeepSpeed's folder and its pointer.
-OPTIMIZER_FILES = ("optimizer.pt", "scaler.pt", "global_step*", "latest", "zero_to_*.py")
+OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+OPTIMIZER_FILES += ("global_step*", "latest", "zero_to_*.py")
 
 
 def step_of(folder: Path) -> int:
@@ -35,20 +37,29 @@ def step_of(folder: Path) -> int:
 
 def folders_in(output_dir: str) -> list[Path]:
     """Return the checkpoints in an output folder, complete or not, oldest first."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
-    return sorted(folders, key=step_of)
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
+    return sorted((folder for folder in folders if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", folder.name)), key=step_of)
 
 
 # ------------------------------------------------------------------------------------------------- whole, or left aside
 
 
+def files_of(folder: Path) -> dict[str, int]:
+    """Return the sizes of a complete checkpoint's files by name; raise OSError or ValueError without a good marker."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    files = marker.get("files") if isinstance(marker, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
+        raise ValueError("it lists no files with their sizes")
+    return files
+
+
 def fault_of(folder: Path) -> str | None:
     """Return why a checkpoint cannot be trusted, or None if it is complete."""
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        files = files_of(folder)
     except FileNotFoundError:
         return f"it has no {MARKER}, so its save did not end"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"its {MARKER} cannot be read: {one_line(error)}"
     if not any(name.endswith(".safetensors") for name in files):
         return "it has no weights"
@@ -165,33 +176,34 @@ def load_apart(folder: Path) -> None:
 
 
 def drop_older(output_dir: str, kept: int | None, best: str | None = None) -> None:
-    """Delete the oldest complete checkpoints but the `kept` newest and the best, and incomplete ones older than they.
+    """Delete complete checkpoints but `kept` of them, the best and the newest, and incomplete ones older than these.
 
-    None, or no positive number, keeps all complete ones.
+    None, or no positive number, keeps all complete ones; the newest stays in any case.
     """
     steps = complete_steps(output_dir)
-    kept_steps = steps[-kept:] if kept and kept > 0 else steps
+    kept_steps = set(steps)
+    if kept and kept > 0:
+        best_steps = {step_of(Path(best))} & kept_steps if best else set()
+        kept_steps = best_steps | set(steps[-max(1, kept - len(best_steps - set(steps[-kept:]))) :])
     for folder in folders_in(output_dir):
-        is_best = best is not None and folder.name == Path(best).name
-        is_older = kept_steps and step_of(folder) < kept_steps[-1]
-        if step_of(folder) not in kept_steps and is_older and not is_best:
+        if step_of(folder) not in kept_steps and steps and step_of(folder) < steps[-1]:
             (folder / MARKER).unlink(missing_ok=True)  # first, so that no half of it looks whole
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_weights_alone(folder: Path) -> None:
     """Delete the optimizer state of a complete checkpoint, which then serves to start from but not to go on."""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    (folder / MARKER).unlink()
-    for pattern in (*OPTIMIZER_FILES, "rng_state*.pth", "scheduler.pt"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    mark(folder, marker["settings"], [name for name in marker["files"] if (folder / name).is_file()])
+    paths = [path for pattern in OPTIMIZER_FILES for path in folder.glob(pattern)]
+    gone = {str(file.relative_to(folder)) for path in paths for file in (path, *path.rglob("*"))}
+    settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))["settings"]
+    mark(folder, settings, [name for name in files_of(folder) if name not in gone])
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def can_go_on(folder: Path) -> bool:
     """Tell whether a complete checkpoint has its optimizer state."""
-    return (folder / "optimizer.pt").exists() or (folder / "latest").exists()
+    return bool({"optimizer.pt", "latest"} & files_of(folder).keys())
 
 
 def publish(source: Path, output_dir: str) -> None:
@@ -199,13 +211,17 @@ def publish(source: Path, output_dir: str) -> None:
 
     Weights are linked, which takes no room, or copied where the disk knows no links.
     """
-    for file in sorted(source.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".jinja"} and file.name not in {MARKER, STATE}:
-            beside = Path(output_dir, f"{file.name}.part")
-            beside.unlink(missing_ok=True)
-            if file.suffix != ".safetensors" or not _linked(file, beside):
-                shutil.copyfile(file, beside)
-            beside.rename(Path(output_dir, file.name))
+    files = [file for file in sorted(source.iterdir()) if file.suffix in {".json", ".safetensors", ".jinja"}]
+    files = [file for file in files if file.name not in {MARKER, STATE}]
+    for file in files:
+        beside = Path(output_dir, f"{file.name}.part")
+        beside.unlink(missing_ok=True)
+        if file.suffix != ".safetensors" or not _linked(file, beside):
+            shutil.copyfile(file, beside)
+        beside.replace(Path(output_dir, file.name))
+        beside.unlink(missing_ok=True)  # a second link to the same file is not renamed
+    for stale in set(Path(output_dir).glob("model*.safetensors*")) - {Path(output_dir, file.name) for file in files}:
+        stale.unlink()  # of an earlier result in another number of files
 
 
 def _linked(file: Path, link: Path) -> bool:

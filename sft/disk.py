@@ -37,9 +37,7 @@ def size_of(folder: Path) -> int:
 
 def check_writable(output_dir: str) -> None:
     """Raise UserError if the output folder cannot be made or written to; leave no trace."""
-    folder = Path(output_dir)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    probe = existing / f".written-by-{os.getpid()}"
+    probe = _nearest(output_dir) / f".written-by-{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
@@ -47,6 +45,12 @@ def check_writable(output_dir: str) -> None:
         raise UserError(
             f"--output_dir {output_dir} cannot be written to: {one_line(error)}; give a folder on a writable disk"
         ) from None
+
+
+def _nearest(output_dir: str) -> Path:
+    """Return the output folder, or the nearest one above it that is there and can be looked into."""
+    folder = Path(output_dir).absolute()
+    return next(parent for parent in (folder, *folder.parents) if os.access(parent, os.F_OK))
 
 
 def check_shared(args: TrainingArguments) -> None:
@@ -71,27 +75,26 @@ def check_shared(args: TrainingArguments) -> None:
         )
 
 
-def num_at_once(args: TrainingArguments, num_steps: int) -> int:
-    """Return how many checkpoints a run of so many steps has on the disk at once, the one being written among them."""
+def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> int:
+    """Return how many checkpoints a run has on the disk at once: the one being written, the best and the result too."""
     steps_between = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(num_steps * args.save_steps))
-    by_strategy = {"no": 0, "steps": math.ceil(num_steps / steps_between), "epoch": math.ceil(args.num_train_epochs)}
+    by_strategy = {"no": 0, "steps": math.ceil(num_steps / steps_between), "epoch": math.ceil(num_epochs)}
     saved = by_strategy.get(args.save_strategy.value, num_steps)
-    limit = args.save_total_limit
-    return min(saved, max(limit, 2)) if limit and limit > 0 else saved
+    limit, has_best = args.save_total_limit, args.load_best_model_at_end
+    return (min(saved, max(limit, 2) + has_best) if limit and limit > 0 else saved) + has_best
 
 
-def check_room(args: TrainingArguments, num_steps: int, num_bytes: int) -> None:
+def check_room(args: TrainingArguments, num_steps: int, num_epochs: float, num_bytes: int) -> None:
     """Raise UserError if the disk has no room for a run's checkpoints of `num_bytes` each, those there counted.
 
     Without checkpoints there must be room for one, of the result.
     """
-    at_once = max(1, num_at_once(args, num_steps))
+    at_once = max(1, num_at_once(args, num_steps, num_epochs))
     there = sum(size_of(folder) for folder in folders_in(args.output_dir)[-at_once:])
-    folder = Path(args.output_dir).absolute()
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-    if free < num_bytes * at_once - there:
+    free, needed = shutil.disk_usage(_nearest(args.output_dir)).free, num_bytes * at_once - there
+    if free < needed:
         raise UserError(
-            f"--output_dir {args.output_dir} has {gib(free)} free, and {gib(num_bytes * at_once - there)} are needed: "
+            f"--output_dir {args.output_dir} has {gib(free)} free, and {gib(needed)} are needed: "
             f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}; give a "
             "folder on a larger disk, or type --save_total_limit 1, or --save_only_model True, from which no run can "
             "go on"
@@ -138,5 +141,5 @@ def no_room(error: BaseException, output_dir: str) -> bool:
     return (
         getattr(error, "errno", None) in NO_ROOM
         or any(text in str(error) for text in texts)
-        or shutil.disk_usage(output_dir).free < 2**20
+        or shutil.disk_usage(_nearest(output_dir)).free < 2**20
     )

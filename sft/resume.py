@@ -9,7 +9,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from sft.checkpoint import MARKER, can_go_on, complete_steps, fault_of, step_of
+from sft.checkpoint import MARKER, can_go_on, complete_steps, fault_of, folders_in, step_of
 from sft.packing import PackedDataset, examples_of
 from sft.program import UserError
 
@@ -78,6 +78,11 @@ def find(args: TrainingArguments, settings: dict[str, object], num_steps: int) -
         if fault := fault_of(Path(named)):
             raise UserError(f"--resume_from_checkpoint {named} cannot be gone on from: {fault}; leave the flag out")
         folder = Path(named)
+        if later := [other for other in folders_in(args.output_dir) if step_of(other) > step_of(folder)]:
+            raise UserError(
+                f"--resume_from_checkpoint {named} has {later[-1]} after it, and the run would mix its own with it; "
+                "delete what is later, or give another --output_dir"
+            )
     else:
         steps_by_rank = gather_object([complete_steps(args.output_dir, tell=args.should_log)])
         steps = set.intersection(*map(set, steps_by_rank))

@@ -1,13 +1,14 @@
 """DeepSpeed ZeRO: its configuration with offload, what that asks of the machine, and the memory it takes."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from sft.program import UserError, one_line
 
@@ -40,6 +41,14 @@ def read_configuration(path: str, offload: str, offload_dir: str | None, pin_mem
     if offload == "all":
         configuration["zero_optimization"]["offload_param"] = dict(target)
     return configuration
+
+
+def size_buffers(args: TrainingArguments, config: PretrainedConfig) -> None:
+    """Make DeepSpeed's buffers for weights on a disk, of 1e8 weights, hold the largest of them, the embeddings."""
+    if args.offload == "all" and args.offload_dir:
+        largest = math.ceil(config.vocab_size * config.hidden_size / args.world_size)
+        offload = args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]
+        offload["buffer_size"] = max(largest, 100_000_000)
 
 
 def stage_of(args: TrainingArguments) -> int:

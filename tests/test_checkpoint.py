@@ -256,20 +256,18 @@ def test_a_kill_while_the_marker_is_written_leaves_none(tmp_path: Path, monkeypa
 
 
 def test_every_file_is_on_the_disk_before_the_marker_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = fill(tmp_path / "unfinished" / "checkpoint-5")
-    before_rename, before_mark = set(), set()
+    unfinished, folder = fill(tmp_path / "unfinished" / "checkpoint-5"), tmp_path / "checkpoint-5"
+    brought = set()
 
     def note(path: Path) -> None:
-        if folder.exists():
-            before_rename.add(path.relative_to(folder).as_posix())
-        elif not (tmp_path / "checkpoint-5" / "complete.json").exists():
-            before_mark.add(path.relative_to(tmp_path).as_posix())
+        marked = "marked" if (folder / "complete.json").exists() else "renamed"
+        brought.add(("written" if unfinished.exists() else marked, path))
 
     monkeypatch.setattr(checkpoint, "_to_disk", note)
-    written = set(files_in(folder))
+    written = {("written", unfinished / name) for name in files_in(unfinished)}
     finish(tmp_path)
-    assert before_rename == written
-    assert before_mark == {".", "checkpoint-5/complete.json.part"}
+    assert written < brought
+    assert {("renamed", tmp_path), ("renamed", folder / "complete.json.part"), ("marked", folder)} < brought
 
 
 def test_only_a_folder_that_plain_transformers_loads_is_trusted(make_model: Callable[[str], Path], tmp_path: Path):
@@ -391,8 +389,11 @@ def test_weights_are_copied_where_the_disk_knows_no_links(tmp_path: Path, monkey
 
 
 def test_a_kill_while_a_file_is_published_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("before")
-    monkeypatch.setattr(shutil, "copyfile", lambda source, target: (Path(target).write_text("ha"), kill()))
-    with pytest.raises(KilledError):
-        checkpoint.publish(write_checkpoint(tmp_path), str(tmp_path))
-    assert (tmp_path / "config.json").read_text() == "before"
+    ends = ((shutil, "copyfile", lambda _, to: (Path(to).write_text("ha"), kill())), (Path, "rename", kill))
+    for owner, name, end in ends:
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(owner, name, end)
+            checkpoint.publish(folder, str(tmp_path))
+        assert (tmp_path / "config.json").read_text() == "before"

@@ -121,7 +121,7 @@ def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):
         ("steps", 30, None, 4),
         ("steps", 500, None, 1),
         ("steps", 1, None, 95),
-        ("steps", 0.3, None, 4),
+        ("steps", 0.5, None, 2),
         ("steps", 0.001, None, 95),
         ("epoch", 10, None, 3),
         ("epoch", 10, 2, 2),
@@ -329,18 +329,32 @@ def test_a_full_disk_is_known_by_its_free_room(tmp_path, monkeypatch, free, expe
     assert disk.no_room(RuntimeError("unexpected pos 704"), str(tmp_path)) == expected
 
 
-def never(objects: list) -> list:
-    raise AssertionError("ranks of one host have nothing to ask one another")
+class AskedError(Exception):
+    """The end of a rank that asks the others."""
 
 
-@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NEITHER"])
-def test_one_host_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
+def ask(objects: list) -> list:
+    raise AskedError
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "asks"),
+    [
+        ("LOCAL_WORLD_SIZE", "2", False),
+        ("LOCAL_WORLD_SIZE", "1", True),
+        ("LOCAL_SIZE", "2", False),
+        ("LOCAL_SIZE", "1", True),
+        ("NEITHER", "1", False),
+    ],
+)
+def test_one_host_asks_no_other(tmp_path, monkeypatch, variable, value, asks):
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, "2")
-    monkeypatch.setattr(disk, "gather_object", never)
-    disk.check_shared(args_with(tmp_path / "new"))
-    assert names_in(tmp_path) == []
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(disk, "gather_object", ask)
+    with pytest.raises(AskedError) if asks else nullcontext():
+        disk.check_shared(args_with(tmp_path / "new"))
+    assert names_in(tmp_path) == (["new"] if asks else [])
 
 
 def let_another_host_answer(monkeypatch: pytest.MonkeyPatch, answer: bool, probe: Path, makes_probe: bool) -> list:
@@ -358,19 +372,12 @@ def let_another_host_answer(monkeypatch: pytest.MonkeyPatch, answer: bool, probe
     return told
 
 
-@pytest.mark.parametrize(
-    ("is_shared", "on_each_node", "said"),
-    [
-        (True, False, None),
-        (False, True, None),
-        (False, False, "is not one folder for all hosts, .* or type --save_on_each_node True"),
-        (True, True, "is one folder for all hosts, .* leave out --save_on_each_node"),
-    ],
-)
-def test_hosts_share_a_folder_or_save_into_their_own(tmp_path, monkeypatch, is_shared, on_each_node, said):
+@pytest.mark.parametrize(("is_shared", "on_each_node"), [(True, False), (False, False), (False, True)])
+def test_hosts_must_share_the_output_folder(tmp_path, monkeypatch, is_shared, on_each_node):
     output_dir = tmp_path / "new" / "run"
     told = let_another_host_answer(monkeypatch, is_shared, output_dir / ".from-the-first-host", makes_probe=False)
-    with pytest.raises(UserError, match=f"--output_dir {output_dir} {said}") if said else nullcontext():
+    said = f"--output_dir {output_dir} is not one folder for all hosts, .* give a folder on a disk that the hosts share"
+    with nullcontext() if is_shared else pytest.raises(UserError, match=said):
         disk.check_shared(args_with(output_dir, save_on_each_node=on_each_node))
     assert told == [(None, True), (True, True)]
     assert names_in(output_dir) == []

@@ -136,9 +136,9 @@ def test_a_plain_model_folder_is_written_to_a_new_or_empty_one(exists, make_mode
 
 def test_what_an_export_that_was_killed_left_is_no_part_of_the_next(make_model, tmp_path):
     (tmp_path / "exported.part").mkdir()
-    (tmp_path / "exported.part" / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    (tmp_path / "exported.part" / "half.safetensors").write_bytes(b"half")
     export(str(make_model("bloom-tiny")), str(tmp_path / "exported"))
-    assert not list((tmp_path / "exported").glob("model-*")) and not (tmp_path / "exported.part").exists()
+    assert not (tmp_path / "exported" / "half.safetensors").exists() and not (tmp_path / "exported.part").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -276,8 +276,22 @@ def test_what_deepspeed_has_split_is_put_together(split_run, make_model, tmp_pat
     before = load_file(make_model("falcon-tiny") / WEIGHTS)
     assert not any(torch.equal(before[name], tensor) for name, tensor in load_file(split_run / WEIGHTS).items())
     assert torch.allclose(logits_of(tmp_path / "exported"), logits_of(split_run), rtol=0, atol=1e-6)
-    settings, expected = (GenerationConfig.from_pretrained(path) for path in (tmp_path / "exported", split_run))
-    assert (settings.eos_token_id, settings.pad_token_id) == (expected.eos_token_id, expected.pad_token_id) == (11, 11)
+
+
+def test_of_what_was_split_a_tied_head_is_written_once_in_sixteen_bits_too(split_run, tmp_path):
+    export(str(split_run), str(tmp_path / "exported"), torch.bfloat16)
+    trained = load_file(split_run / WEIGHTS)
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}
+    found = load_file(tmp_path / "exported" / WEIGHTS)
+    assert found.keys() == rounded.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in rounded.items())
+
+
+def test_how_to_generate_comes_along_with_what_was_split(split, tmp_path):
+    GenerationConfig(eos_token_id=11, pad_token_id=11, max_new_tokens=77).save_pretrained(split)
+    export(str(mark(split)), str(tmp_path / "exported"))
+    settings = GenerationConfig.from_pretrained(tmp_path / "exported")
+    assert (settings.eos_token_id, settings.pad_token_id, settings.max_new_tokens) == (11, 11, 77)
 
 
 def test_weights_come_from_the_optimizers_copies_where_they_are(split, split_run, tmp_path):

@@ -149,7 +149,8 @@ def test_what_was_printed_and_the_exit_code_outlive_an_open_group(tmp_path, end)
         "run_program(main)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=100)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, cwd=PROJECT, env=buffered, capture_output=True, text=True, timeout=100)
     expected = {"OneRankError": (2, "error: what\n"), "InterruptedRunError": (75, "stopped: what\n")}[end]
     assert (result.returncode, result.stderr) == expected
     assert result.stdout == "before"
