@@ -4,7 +4,7 @@
 #   MODEL=bigscience/bloom-7b1 OUTPUT=output_dir/bloom-7b1 ZERO_STAGE=3 NUM_GPUS=4 sh ds_all.sh
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh ds_all.sh --num_train_epochs 1
 #   OFFLOAD=optimizer sh ds_all.sh                   optimizer states in the host's memory
-#   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=/nvme/here in files there
+#   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=nvme_folder in files there
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh ds_all.sh       on each of two hosts, with its own NODE_RANK
 #   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on each
 #   DEVICE=cpu NUM_GPUS=2 sh ds_all.sh               two ranks on the CPU, to try things out

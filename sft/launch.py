@@ -53,12 +53,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         import torch
 
         there = torch.cuda.device_count()
+        if not there:
+            raise UserError("no GPU is visible here; type DEVICE=cpu NUM_GPUS=2 for two ranks on the CPU")
         given.ranks = given.ranks or there
         if not 0 < given.ranks <= there:
-            raise UserError(
-                f"{given.ranks or 'every one'} of the GPUs was asked for and {there} are visible; give NUM_GPUS from 1 "
-                "to that, or type DEVICE=cpu NUM_GPUS=2 for ranks on the CPU"
-            )
+            raise UserError(f"NUM_GPUS {given.ranks} is not 1 to {there}, the number of GPUs visible here")
     given.ranks = given.ranks or 2
     if given.nnodes > 1 and not given.master_addr:
         raise UserError("NNODES is given without MASTER_ADDR; give the address of host 0, the same on every host")

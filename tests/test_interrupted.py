@@ -96,7 +96,7 @@ def test_two_ranks_killed_at_random_moments_equal_never_interrupted(request, sta
         wait_for_training(run)
         time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
         launcher = psutil.Process(run.pid)
-        kill(launcher if number % 2 else launcher.children()[moments.randrange(2)], run)
+        kill(launcher.children()[moments.randrange(2)] if number % 2 else launcher, run)
     finish(start(tmp_path / "killed", *flags, launcher=LAUNCHER))
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.allclose(whole[name], killed[name], rtol=0, atol=1e-6) for name in whole)

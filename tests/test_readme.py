@@ -62,9 +62,10 @@ def test_every_flag_and_variable_is_known(name):
 
     parser = Parser((ModelArguments, DataArguments, TrainingArguments))
     known = {option for action in parser._actions for option in action.option_strings}
-    known |= {"--demo", "--checkpoint", "--shape", "--text", "--output"}
-    benchmarks = "".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("benchmarks/*.py"))
-    known |= set(re.findall(r'add_argument\("(--\w+)"', benchmarks))
+    known |= {"--demo", "--checkpoint"}
+    programs = [*PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("sft/*.py"), PROJECT / "tests" / "conftest.py"]
+    source = "".join(path.read_text(encoding="utf-8") for path in programs)
+    known |= set(re.findall(r'add(?:_argument|option)\("(--\w+)"', source))
     assert set(re.findall(r"(?<![\w-])--\w+", text_of(name))) <= known
     sources = [*PROJECT.glob("*.sh"), *PROJECT.glob("data_proj/*.ipynb")]
     source = "".join(path.read_text(encoding="utf-8") for path in sources) + "HF_ENDPOINT"
