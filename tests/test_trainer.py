@@ -120,3 +120,12 @@ def test_the_estimate_of_a_checkpoint_is_what_it_takes(train, tmp_path):
     )
     tokenizer_and_states = 120_000
     assert 0 <= size_of(tmp_path / "checkpoint-2") - estimate < tokenizer_and_states
+
+
+def test_each_epoch_has_an_order_of_its_own(train, tmp_path):
+    flags = ["--num_train_epochs", "2", "--learning_rate", "1e-30", "--logging_steps", "1", "--save_strategy", "no"]
+    assert train(tmp_path, *flags).returncode == 0
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [round(entry["loss"], 4) for entry in history if "loss" in entry]
+    first, second = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert len(first) == len(second) and first != second
