@@ -275,13 +275,14 @@ def main() -> None:
         examples_share_rows=data_args.packing or max(batch_sizes) > 1,
     )
     if trainer.is_world_process_zero():
+        disk.claim(training_args.output_dir)
         print_header(trainer, reports, resumed)
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
     trainer.train_to_the_end(resumed, report.count_steps(training_args, len(train_dataset))[0])
     trainer.save_result()
     if trainer.is_world_process_zero():
         describe(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
+        disk.give_back(training_args.output_dir)
     # A process group still open at exit can abort a rank whose work is done.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -1,6 +1,7 @@
 """Room on the disk, before a run and before each save, and what a full or foreign disk looks like."""
 
 import errno
+import fcntl
 import math
 import os
 import shutil
@@ -15,6 +16,7 @@ from sft.checkpoint import UNFINISHED, drop_older, fault_of, folders_in, what_is
 from sft.program import OneRankError, UserError, one_line
 from sft.report import gib
 
+IN_USE = ".in-use"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -73,6 +75,28 @@ def check_shared(args: TrainingArguments) -> None:
             f"--output_dir {args.output_dir} is not one folder for all hosts, and each would hold a part of a "
             "checkpoint; give a folder on a disk that the hosts share, such as NFS"
         )
+
+
+def claim(output_dir: str) -> None:
+    """Make the output folder and take it for this process until it ends.
+
+    Raises OneRankError if another run has it, which would write and delete the same checkpoints.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(output_dir, IN_USE), os.O_RDWR | os.O_CREAT)  # stays open
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OneRankError(
+            f"--output_dir {output_dir} is in use by another run; let that end, or give another folder"
+        ) from None
+    except OSError:
+        return  # a disk that knows no locks
+
+
+def give_back(output_dir: str) -> None:
+    """Take the sign of `claim` out of a finished output folder."""
+    Path(output_dir, IN_USE).unlink(missing_ok=True)
 
 
 def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> int:

@@ -173,6 +173,17 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_is_told_of_and_left_clean(s
     assert not list(small_disk.rglob("*.safetensors"))
 
 
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_goes_on(start, tmp_path):
+    first = start(tmp_path, "--max_steps", "2000", "--save_strategy", "no")
+    wait_for_training(first)
+    _, stderr = start(tmp_path, "--max_steps", "4").communicate(timeout=120)
+    assert first.poll() is None, "ended too early to be in the way"
+    assert re.search(r"^error: --output_dir \S+ is in use by another run", stderr, re.MULTILINE), stderr
+    kill(psutil.Process(first.pid), first)
+    finish(start(tmp_path, "--max_steps", "4"))
+    assert not (tmp_path / ".in-use").exists()
+
+
 def test_damaged_checkpoints_are_left_aside_and_an_older_one_serves(start, tmp_path):
     flags = ["--max_steps", "8", "--save_total_limit", "10"]
     finish(start(tmp_path, *flags))
