@@ -37,15 +37,15 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def check_writable(output_dir: str) -> None:
-    """Raise UserError if the output folder cannot be made or written to; leave no trace."""
+def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
+    """Raise UserError if the output folder, given by `flag`, cannot be made or written to; leave no trace."""
     probe = _nearest(output_dir) / f".written-by-{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--output_dir {output_dir} cannot be written to: {one_line(error)}; give a folder on a writable disk"
+            f"{flag} {output_dir} cannot be written to: {one_line(error)}; give a folder on a writable disk"
         ) from None
 
 

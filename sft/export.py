@@ -70,19 +70,20 @@ def export(path: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
 
     Raises UserError if there is no whole checkpoint at `path`, or something is at `output`.
     """
-    folder, target = choose(path), Path(output)
+    folder, target = choose(path), Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} is there already; give a new folder")
-    check_writable(output)
+    check_writable(output, flag="the output folder")
     model = load(folder).to(dtype)
     model.config.dtype = dtype
-    unfinished = target.parent / f"{target.name}.part"
+    unfinished = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     load_tokenizer(str(folder)).save_pretrained(unfinished)
-    if target.exists():
-        target.rmdir()
-    unfinished.rename(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(target / file.name)  # the one without which no folder is a model, last
+    unfinished.rmdir()
     return folder
 
 

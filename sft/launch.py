@@ -13,11 +13,14 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 import psutil
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from sft.program import (
     KEYBOARD_INTERRUPT,
@@ -58,7 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         given.ranks = given.ranks or there
         if not 0 < given.ranks <= there:
             raise UserError(f"NUM_GPUS {given.ranks} is not 1 to {there}, the number of GPUs visible here")
-    given.ranks = given.ranks or 2
+    given.ranks = 2 if given.ranks is None else given.ranks
+    if given.ranks < 1:
+        raise UserError(f"NUM_GPUS {given.ranks} is no number of processes; give 1 or more")
     if given.nnodes > 1 and not given.master_addr:
         raise UserError("NNODES is given without MASTER_ADDR; give the address of host 0, the same on every host")
     if not 0 <= given.node_rank < given.nnodes:
@@ -96,19 +101,37 @@ def interface_towards(address: str, port: int) -> str | None:
 
 
 def pass_on(signal_number: int, grace_seconds: float) -> None:
-    """Send a signal to every rank, and kill what is left of them after a while."""
+    """Send a signal to every rank, and kill what is left of them after a while; end at once where there is none yet."""
     ranks = psutil.Process().children()
+    if not ranks:
+        os._exit(128 + signal_number)  # torchrun, which may wait for another host, would go on
     for rank in ranks:
         rank.send_signal(signal_number)
 
     def kill() -> None:
         for rank in ranks:
-            for process in (*rank.children(recursive=True), rank) if rank.is_running() else ():
-                process.kill()
+            with suppress(psutil.NoSuchProcess):
+                for process in (*rank.children(recursive=True), rank):
+                    process.kill()
 
     timer = threading.Timer(grace_seconds, kill)
     timer.daemon = True
     timer.start()
+
+
+def listen(grace_seconds: float) -> None:
+    """Pass SIGTERM and Ctrl-C on from a thread: torchrun's own can wait for another host without looking at them."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda number, frame: None)
+
+    def wait() -> None:
+        while True:
+            pass_on(os.read(reading, 1)[0], grace_seconds)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main() -> None:
@@ -120,13 +143,18 @@ def main() -> None:
         # Otherwise ranks give each other the address of their host's name, which is often 127.0.0.1.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves why they end
-    grace_seconds = float(os.environ.get("GRACE_SECONDS", 25))
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda number, frame: pass_on(number, grace_seconds))
+    try:
+        grace_seconds = float(os.environ.get("GRACE_SECONDS", 25))
+    except ValueError:
+        raise UserError(f"GRACE_SECONDS is {os.environ['GRACE_SECONDS']}; give a number of seconds") from None
+    listen(grace_seconds)
     try:
         torchrun.main(torchrun_arguments(given))
     except ChildFailedError as failed:
         end_like(failed)
+    except (DistError, RendezvousError) as error:
+        place = f"{given.master_addr or '127.0.0.1'}:{given.master_port or MASTER_PORT}"
+        raise UserError(f"the ranks cannot meet at {place}: {one_line(error)}; give another MASTER_PORT") from None
 
 
 def end_like(failed: ChildFailedError) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def find(args: TrainingArguments, settings: dict[str, object], num_steps: int) -
         if fault := fault_of(Path(named)):
             raise UserError(f"--resume_from_checkpoint {named} cannot be gone on from: {fault}; leave the flag out")
         folder = Path(named)
+        if not re.fullmatch(r"checkpoint-\d+", folder.name):
+            raise UserError(f"--resume_from_checkpoint {named} is not named checkpoint-STEP; give it its name back")
         if later := [other for other in folders_in(args.output_dir) if step_of(other) > step_of(folder)]:
             raise UserError(
                 f"--resume_from_checkpoint {named} has {later[-1]} after it, and the run would mix its own with it; "

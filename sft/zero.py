@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -30,6 +31,8 @@ def read_configuration(path: str, offload: str, offload_dir: str | None, pin_mem
             f"--deepspeed {path} is no DeepSpeed configuration with a ZeRO stage: {one_line(error)}; give "
             "ds_zero2_config.json or ds_zero3_config.json"
         ) from None
+    if offload_dir and offload == "none":
+        raise UserError(f"--offload_dir {offload_dir} is given and nothing is offloaded; type OFFLOAD=optimizer or all")
     if stage != 3 and (offload == "all" or (offload != "none" and offload_dir)):
         what = "weights" if offload == "all" else "anything to a disk"
         raise UserError(f"ZeRO-{stage} does not offload {what}; type ZERO_STAGE=3 (--deepspeed ds_zero3_config.json)")
@@ -62,9 +65,12 @@ def check_machine(args: TrainingArguments) -> None:
 
     if args.offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("--offload_dir needs libaio; on Debian and Ubuntu: apt install libaio-dev")
-    for lock in Path(get_default_build_root()).glob("*/*/lock"):
-        if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
-            raise UserError(f"{lock} is what a killed build left, and others wait for it for ever; delete it")
+    own_root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    locks = Path(own_root).glob("*/lock") if own_root else Path(get_default_build_root()).glob("*/*/lock")
+    for lock in locks:
+        with suppress(FileNotFoundError):  # of a build that ends now
+            if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
+                raise UserError(f"{lock} is what a killed build left, and others wait for it for ever; delete it")
     builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if args.offload_dir else [])
     for builder in builders:
         try:
