@@ -106,7 +106,8 @@ def pass_on(signal_number: int, grace_seconds: float) -> None:
     if not ranks:
         os._exit(128 + signal_number)  # torchrun, which may wait for another host, would go on
     for rank in ranks:
-        rank.send_signal(signal_number)
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(signal_number)
 
     def kill() -> None:
         for rank in ranks:
@@ -128,8 +129,9 @@ def listen(grace_seconds: float) -> None:
         signal.signal(signal_number, lambda number, frame: None)
 
     def wait() -> None:
-        while True:
-            pass_on(os.read(reading, 1)[0], grace_seconds)
+        while signal_number := os.read(reading, 1)[0]:
+            if signal_number in (signal.SIGTERM, signal.SIGINT):  # torchrun hears another one itself
+                pass_on(signal_number, grace_seconds)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -68,7 +68,7 @@ def test_a_checkpoint_in_fp32_has_the_same_logits_in_plain_transformers(shape, m
     names = set(files_of(tmp_path / "exported"))
     assert {WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not names & {checkpoint.MARKER, checkpoint.STATE, "optimizer.pt"}
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("exported")] == ["exported"]
+    assert [path.name for path in tmp_path.iterdir() if "exported" in path.name] == ["exported"]
 
 
 @pytest.mark.parametrize("shape", PLAIN_SHAPES)
@@ -135,10 +135,36 @@ def test_a_plain_model_folder_is_written_to_a_new_or_empty_one(exists, make_mode
 
 
 def test_what_an_export_that_was_killed_left_is_no_part_of_the_next(make_model, tmp_path):
-    (tmp_path / "exported.part").mkdir()
-    (tmp_path / "exported.part" / "half.safetensors").write_bytes(b"half")
+    unfinished = tmp_path / ".exported.unfinished"
+    unfinished.mkdir()
+    (unfinished / "half.safetensors").write_bytes(b"half")
     export(str(make_model("bloom-tiny")), str(tmp_path / "exported"))
-    assert not (tmp_path / "exported" / "half.safetensors").exists() and not (tmp_path / "exported.part").exists()
+    assert not (tmp_path / "exported" / "half.safetensors").exists() and not unfinished.exists()
+
+
+def test_the_config_without_which_no_folder_is_a_model_comes_last(make_model, tmp_path, monkeypatch):
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda file, target: moved.append(Path(target)) or replace(file, target))
+    export(str(make_model("bloom-tiny")), str(tmp_path / "exported"))
+    moved = [file.name for file in moved if file.parent == tmp_path / "exported"]
+    assert set(moved) == set(files_of(tmp_path / "exported")) and moved[-1] == "config.json"
+
+
+def test_a_folder_of_the_users_that_ends_in_part_stays(make_model, tmp_path):
+    kept = tmp_path / "exported.part" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    export(str(make_model("bloom-tiny")), str(tmp_path / "exported"))
+    assert kept.read_text() == "mine"
+
+
+def test_the_working_folder_may_be_the_target(make_model, tmp_path, monkeypatch):
+    target, folder = tmp_path / "exported", make_model("bloom-tiny")
+    target.mkdir()
+    monkeypatch.chdir(target)
+    assert export(str(folder), ".") == folder
+    assert {WEIGHTS, "config.json", "tokenizer.json"} <= set(files_of(target))
+    assert list(tmp_path.iterdir()) == [target]
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -168,11 +194,11 @@ def lines_of(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line and not re.search(r"\d%\|", line)]
 
 
-def test_the_program_writes_the_folder_and_says_so(run, make_checkpoint, tmp_path):
+def test_the_program_writes_the_folder_and_says_so(exported, make_checkpoint, tmp_path):
     folder, target = make_checkpoint("falcon-tiny"), tmp_path / "exported"
-    result = run("-m", "sft.export", tmp_path / "run", target, "--dtype", "bfloat16")
-    assert (result.returncode, lines_of(result.stderr)) == (0, [])
-    assert result.stdout == f"{folder} -> {target}, a model folder in bfloat16\n"
+    code, stdout, stderr = exported(tmp_path / "run", target, "--dtype", "bfloat16")
+    assert (code, lines_of(stderr)) == (0, [])
+    assert stdout == f"{folder} -> {target}, a model folder in bfloat16\n"
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -324,4 +350,4 @@ def test_files_that_deepspeed_cannot_put_together_are_refused_in_one_line(export
     lines = lines_of(stderr)
     assert code == 2 and len(lines) == 1, stderr
     assert lines[0].startswith(f"error: DeepSpeed's files in {split} cannot be put together: ")
-    assert not (tmp_path / "exported").exists() and not (tmp_path / "exported.part").exists()
+    assert not [path for path in tmp_path.iterdir() if "exported" in path.name]

@@ -77,7 +77,8 @@ def test_killed_at_random_moments_equals_never_interrupted(request, start, tmp_p
         wait_for_training(run)
         time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
         assert run.poll() is None, "ended before it could be killed"
-        kill(psutil.Process(run.pid), run)
+        run.kill()
+        run.communicate()
         while_saving += (tmp_path / "killed" / "unfinished").exists()
     printed = finish(start(tmp_path / "killed", *flags))
     print(f"killed {kills} times, {while_saving} of them while saving; then: {re.search(r'going on .*', printed)[0]}")
@@ -179,7 +180,8 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_goes_on(st
     _, stderr = start(tmp_path, "--max_steps", "4").communicate(timeout=120)
     assert first.poll() is None, "ended too early to be in the way"
     assert re.search(r"^error: --output_dir \S+ is in use by another run", stderr, re.MULTILINE), stderr
-    kill(psutil.Process(first.pid), first)
+    first.kill()
+    first.communicate()
     finish(start(tmp_path, "--max_steps", "4"))
     assert not (tmp_path / ".in-use").exists()
 

@@ -267,13 +267,28 @@ def test_the_newest_one_of_another_run_is_refused(tmp_path):
         find(arguments(tmp_path), SETTINGS, 100)
 
 
-def test_one_that_is_named_is_taken_though_it_is_older_or_elsewhere(tmp_path):
-    older, elsewhere = make_checkpoint(tmp_path / "run", 2), make_checkpoint(tmp_path / "another", 3)
-    make_checkpoint(tmp_path / "run", 4)
-    for folder in (older, elsewhere):
-        assert find(arguments(tmp_path / "run", folder), SETTINGS, 100) == folder
-        with pytest.raises(UserError, match="was made with --seed 42, and this command has 1"):
-            find(arguments(tmp_path / "run", folder), {**SETTINGS, "--seed": 1}, 100)
+@pytest.mark.parametrize("place", ["run/checkpoint-4", "another/checkpoint-4", "another/checkpoint-9"])
+def test_one_that_is_named_is_taken_though_it_lies_elsewhere(tmp_path, place):
+    for step in (2, 4):
+        make_checkpoint(tmp_path / "run", step)
+    for step in (4, 9):
+        make_checkpoint(tmp_path / "another", step)
+    given = arguments(tmp_path / "run", tmp_path / place)
+    assert find(given, SETTINGS, 100) == tmp_path / place
+    with pytest.raises(UserError, match=f"{place} was made with --seed 42, and this command has 1"):
+        find(given, {**SETTINGS, "--seed": 1}, 100)
+
+
+@pytest.mark.parametrize("place", ["run/checkpoint-2", "another/checkpoint-3"])
+def test_one_that_is_named_and_has_later_ones_is_refused(tmp_path, place):
+    make_checkpoint(tmp_path / "another", 3)
+    for step in (2, 9, 10):
+        make_checkpoint(tmp_path / "run", step)
+    with pytest.raises(UserError) as caught:
+        find(arguments(tmp_path / "run", tmp_path / place), SETTINGS, 100)
+    later = tmp_path / "run" / "checkpoint-10"
+    assert str(caught.value).startswith(f"--resume_from_checkpoint {tmp_path / place} has {later} after it")
+    assert "delete what is later, or give another --output_dir" in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["not there", "complete.json", "model.safetensors"])
@@ -288,6 +303,12 @@ def test_one_that_is_named_and_faulty_is_refused(tmp_path, fault):
     said = str(caught.value)
     assert said.startswith(f"--resume_from_checkpoint {named} cannot be gone on from: ")
     assert ("model.safetensors is missing" if fault == "model.safetensors" else "it has no complete.json") in said
+
+
+def test_one_that_is_named_must_have_its_step_in_its_name(tmp_path):
+    named = make_checkpoint(tmp_path, 4).rename(tmp_path / "best")
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint {named} is not named checkpoint-STEP; give it"):
+        find(arguments(tmp_path / "run", named), SETTINGS, 100)
 
 
 @pytest.mark.parametrize("named", [False, True])

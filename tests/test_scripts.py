@@ -59,6 +59,52 @@ def test_flags_after_the_scripts_own_reach_the_program(tmp_path):
     assert result.returncode == 2 and f"{tmp_path} is a folder without config.json" in result.stderr
 
 
+@pytest.fixture
+def shown(tmp_path):
+    """A Python that satisfies the set-up and shows how it is called."""
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo "$0" || echo "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ({}, "-m sft.launch --nnodes 1 --node_rank 0"),
+        ({"NUM_GPUS": 4, "MASTER_PORT": 12345}, "-m sft.launch --nnodes 1 --node_rank 0 --ranks 4 --master_port 12345"),
+        ({"DEVICE": "cpu"}, "-m sft.launch --nnodes 1 --node_rank 0 --cpu"),
+        (
+            {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "10.0.0.1"},
+            "-m sft.launch --nnodes 2 --node_rank 1 --master_addr 10.0.0.1",
+        ),
+        (
+            {"HOSTFILE": "hosts", "NUM_GPUS": 8},
+            "-m deepspeed.launcher.runner --hostfile hosts --no_local_rank --master_port 29500 --num_gpus 8",
+        ),
+    ],
+)
+def test_the_environment_chooses_how_ranks_are_launched(environment, launched, shown):
+    result = shell("ds_all.sh", "--learning_rate", "1e-5", **environment, PYTHON=shown)
+    command = result.stdout.splitlines()[-1]
+    assert command.startswith(f"{launched} {PROJECT / 'train_sft.py'} "), result.stderr
+    assert "ds_zero2_config.json --offload none" in command and command.endswith("--learning_rate 1e-5")
+    assert ("--use_cpu True" in command) == ("DEVICE" in environment)
+
+
+def test_stage_and_offload_reach_the_program(shown):
+    settings = {"ZERO_STAGE": 3, "OFFLOAD": "all", "OFFLOAD_DIR": "a_disk", "OUTPUT": "here"}
+    result = shell("ds_all.sh", **settings, PYTHON=shown)
+    assert "--output_dir here" in result.stdout and "ds_zero3_config.json --offload all" in result.stdout
+    assert "--offload_dir a_disk" in result.stdout
+
+
+def test_ds_all_without_a_gpu_is_one_line_and_exit_code_2():
+    result = shell("ds_all.sh", CUDA_VISIBLE_DEVICES="")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == ("error: no GPU is visible here; type DEVICE=cpu NUM_GPUS=2 for two ranks on the CPU\n")
+
+
 def write_wheel(folder: Path) -> None:
     """Write a package "tiny" 1.0 that pip can install without an index."""
     folder.mkdir()

@@ -1,6 +1,8 @@
 """sft/zero.py: offload in DeepSpeed's configuration, its estimates of memory, and machines that cannot build it."""
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from torch import nn
 
+from sft import zero
 from sft.program import UserError
-from sft.zero import OFFLOADS, check_machine, model_state_bytes, read_configuration, stage_of
+from sft.zero import OFFLOADS, check_machine, model_state_bytes, read_configuration, size_buffers, stage_of
 
 CPU = {"device": "cpu", "pin_memory": False}
 
@@ -75,6 +78,12 @@ def test_stage_2_refuses_what_it_cannot_offload(offload, folder, said):
     assert str(caught.value).startswith(f"ZeRO-2 {said}") and "type ZERO_STAGE=3" in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_folder_for_nothing_that_is_offloaded_is_refused(stage):
+    with pytest.raises(UserError, match="^--offload_dir /nvme is given and nothing is offloaded; type OFFLOAD="):
+        read_configuration(shipped(stage), "none", "/nvme", False)
+
+
 @pytest.mark.parametrize(
     "content", [None, "", "{bad", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 3}', b"\xff\xfe{"]
 )
@@ -96,6 +105,36 @@ def test_the_stage_is_that_of_the_configuration(stage):
 
 def test_without_deepspeed_the_stage_is_0():
     assert stage_of(SimpleNamespace(deepspeed=None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "world_size", "buffer_size"),
+    [(250_880, 4, 256_901_120), (250_880, 3, 342_534_827), (65_024, 4, 100_000_000)],
+)
+def test_buffers_for_weights_on_a_disk_hold_a_ranks_share_of_the_embeddings(vocab_size, world_size, buffer_size):
+    configuration = read_configuration(shipped(3), "all", "/nvme", False)
+    args = SimpleNamespace(
+        offload="all",
+        offload_dir="/nvme",
+        world_size=world_size,
+        hf_deepspeed_config=SimpleNamespace(config=configuration),
+    )
+    size_buffers(args, SimpleNamespace(vocab_size=vocab_size, hidden_size=4096))
+    assert offloads_of(configuration)["offload_param"]["buffer_size"] == buffer_size
+    assert "buffer_size" not in offloads_of(configuration)["offload_optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("offload", "folder"), [("none", None), ("optimizer", None), ("optimizer", "/nvme"), ("all", None)]
+)
+def test_other_offload_needs_no_larger_buffers(offload, folder):
+    configuration = read_configuration(shipped(3), offload, folder, False)
+    before = json.dumps(configuration)
+    args = SimpleNamespace(
+        offload=offload, offload_dir=folder, world_size=1, hf_deepspeed_config=SimpleNamespace(config=configuration)
+    )
+    size_buffers(args, SimpleNamespace(vocab_size=250_880, hidden_size=4096))
+    assert json.dumps(configuration) == before
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -184,7 +223,15 @@ ninja: build stopped: subcommand failed.
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that torch builds extensions in."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(zero, "get_default_build_root", lambda: str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, builds: Path) -> Callable[..., list[str]]:
     """Return a function that checks a machine whose builders end so, and gives the names of those that were built."""
 
     def build(offload_dir: str | None = None, has_libaio: bool = True, **errors: BaseException) -> list[str]:
@@ -236,3 +283,22 @@ def test_a_disk_without_libaio_names_the_package(build):
     with pytest.raises(UserError, match="--offload_dir needs libaio; .* apt install libaio-dev"):
         build("/nvme", has_libaio=False)
     assert build(has_libaio=False) == ["cpu_adam"]
+
+
+@pytest.mark.parametrize("place", ["py311_cpu/cpu_adam", "own/cpu_adam"])
+@pytest.mark.parametrize(("minutes", "is_left_over"), [(0, False), (20, False), (40, True)])
+def test_a_lock_that_a_killed_build_left_is_named_and_no_other(
+    build, builds, monkeypatch, place, minutes, is_left_over
+):
+    lock = builds / place / "lock"
+    if place.startswith("own"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(builds / "own"))
+        monkeypatch.setattr(zero, "get_default_build_root", lambda: str(builds / "another"))
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 60 * minutes,) * 2)
+    if is_left_over:
+        with pytest.raises(UserError, match=f"^{lock} is what a killed build left, .*; delete it$"):
+            build()
+    else:
+        assert build() == ["cpu_adam"]
