@@ -128,11 +128,9 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise UserError on arguments that could only fail later."""
     output_dir, model = Path(training_args.output_dir), Path(model_args.model_name_or_path)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; expected a folder, new or of an earlier run")
+    disk.check_writable(training_args.output_dir)
     if output_dir.exists() and model.exists() and output_dir.samefile(model):
         raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
-    disk.check_writable(training_args.output_dir)
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
     if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):

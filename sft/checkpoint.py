@@ -37,8 +37,11 @@ def step_of(folder: Path) -> int:
 
 def folders_in(output_dir: str) -> list[Path]:
     """Return the checkpoints in an output folder, complete or not, oldest first."""
+    if not os.access(output_dir, os.R_OK | os.X_OK):
+        return []
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
-    return sorted((folder for folder in folders if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", folder.name)), key=step_of)
+    folders = [folder for folder in folders if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", folder.name)]
+    return sorted(folders, key=step_of)
 
 
 # ------------------------------------------------------------------------------------------------- whole, or left aside
@@ -47,9 +50,10 @@ def folders_in(output_dir: str) -> list[Path]:
 def files_of(folder: Path) -> dict[str, int]:
     """Return the sizes of a complete checkpoint's files by name; raise OSError or ValueError without a good marker."""
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    files = marker.get("files") if isinstance(marker, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
-        raise ValueError("it lists no files with their sizes")
+    files, settings = (marker.get("files"), marker.get("settings")) if isinstance(marker, dict) else (None, None)
+    sizes = files.values() if isinstance(files, dict) else [None]
+    if not isinstance(settings, dict) or not all(isinstance(size, int) for size in sizes):
+        raise ValueError("it lists no files with their sizes, or no settings")
     return files
 
 
@@ -59,7 +63,7 @@ def fault_of(folder: Path) -> str | None:
         files = files_of(folder)
     except FileNotFoundError:
         return f"it has no {MARKER}, so its save did not end"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its {MARKER} cannot be read: {one_line(error)}"
     if not any(name.endswith(".safetensors") for name in files):
         return "it has no weights"
@@ -220,8 +224,10 @@ def publish(source: Path, output_dir: str) -> None:
             shutil.copyfile(file, beside)
         beside.replace(Path(output_dir, file.name))
         beside.unlink(missing_ok=True)  # a second link to the same file is not renamed
-    for stale in set(Path(output_dir).glob("model*.safetensors*")) - {Path(output_dir, file.name) for file in files}:
-        stale.unlink()  # of an earlier result in another number of files
+    names = r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?(\.part)?"
+    for stale in {path.name for path in Path(output_dir).iterdir()} - {file.name for file in files}:
+        if re.fullmatch(names, stale):  # of an earlier result in another number of files
+            Path(output_dir, stale).unlink()
 
 
 def _linked(file: Path, link: Path) -> bool:

@@ -39,7 +39,10 @@ def size_of(folder: Path) -> int:
 
 def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
     """Raise UserError if the output folder, given by `flag`, cannot be made or written to; leave no trace."""
-    probe = _nearest(output_dir) / f".written-by-{os.getpid()}"
+    existing = _nearest(output_dir)
+    if existing.is_file():
+        raise UserError(f"{flag} {existing} is a file; expected a folder, new or of an earlier run")
+    probe = existing / f".written-by-{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
@@ -105,7 +108,9 @@ def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> i
     by_strategy = {"no": 0, "steps": math.ceil(num_steps / steps_between), "epoch": math.ceil(num_epochs)}
     saved = by_strategy.get(args.save_strategy.value, num_steps)
     limit, has_best = args.save_total_limit, args.load_best_model_at_end
-    return (min(saved, max(limit, 2) + has_best) if limit and limit > 0 else saved) + has_best
+    if limit and limit > 0:
+        saved = min(saved, max(limit, 2) + (has_best and limit <= 2))
+    return saved + has_best
 
 
 def check_room(args: TrainingArguments, num_steps: int, num_epochs: float, num_bytes: int) -> None:

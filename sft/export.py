@@ -70,10 +70,10 @@ def export(path: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
 
     Raises UserError if there is no whole checkpoint at `path`, or something is at `output`.
     """
+    check_writable(output, flag="the output folder")
     folder, target = choose(path), Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} is there already; give a new folder")
-    check_writable(output, flag="the output folder")
     model = load(folder).to(dtype)
     model.config.dtype = dtype
     unfinished = target.parent / f".{target.name}.unfinished"

@@ -77,7 +77,9 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except EarlyEndError as end:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(end, OneRankError):
-            tqdm.write(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr)  # on a line beside open bars
+            for bar in tuple(tqdm._instances):  # so that the message is the last line, and one of its own
+                bar.close()
+            print(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr, flush=True)
         _leave(end)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of a launcher, would be a traceback

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -37,8 +38,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def args_with(output_dir: object = ".", strategy: str = "steps", **fields: object) -> SimpleNamespace:
-    defaults = {"bf16": False, "fp16": False, "save_only_model": False, "save_steps": 10, "num_train_epochs": 3.0}
-    defaults |= {"save_total_limit": None, "world_size": 2, "process_index": 0, "save_on_each_node": False}
+    defaults = {"bf16": False, "fp16": False, "save_only_model": False, "save_steps": 10, "save_total_limit": None}
+    defaults |= {"load_best_model_at_end": False, "world_size": 2, "process_index": 0, "save_on_each_node": False}
     return SimpleNamespace(**{**defaults, **fields}, output_dir=str(output_dir), save_strategy=SaveStrategy(strategy))
 
 
@@ -53,24 +54,16 @@ def have_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", pretended)
 
 
-@contextmanager
-def mounted(folder: Path, size: str = "4m") -> Iterator[Path]:
-    """Mount a small disk, or skip the test."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted only as root, and not in every container")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of 4 MiB, with room for files of 3 MB but not of 12."""
-    with mounted(tmp_path / "disk") as folder:
-        yield folder
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted only as root, and not in every container")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def let_read_only(folder: Path) -> None:
@@ -107,84 +100,75 @@ def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "save_steps", "limit", "expected"),
+    ("strategy", "save_steps", "limit", "expected", "with_best"),
     [
-        ("no", 10, None, 0),
-        ("no", 10, 1, 0),
-        ("steps", 10, None, 10),
-        ("steps", 10, 0, 10),
-        ("steps", 10, -1, 10),
-        ("steps", 10, 1, 2),
-        ("steps", 10, 2, 2),
-        ("steps", 10, 5, 5),
-        ("steps", 10, 50, 10),
-        ("steps", 30, None, 4),
-        ("steps", 500, None, 1),
-        ("steps", 1, None, 95),
-        ("steps", 0.5, None, 2),
-        ("steps", 0.001, None, 95),
-        ("epoch", 10, None, 3),
-        ("epoch", 10, 2, 2),
-        ("best", 10, None, 95),
-        ("best", 10, 5, 5),
+        ("no", 10, None, 0, 1),
+        ("no", 10, 1, 0, 1),
+        ("steps", 10, None, 10, 11),
+        ("steps", 10, 0, 10, 11),
+        ("steps", 10, -1, 10, 11),
+        ("steps", 10, 1, 2, 4),
+        ("steps", 10, 2, 2, 4),
+        ("steps", 10, 5, 5, 6),
+        ("steps", 10, 50, 10, 11),
+        ("steps", 30, None, 4, 5),
+        ("steps", 50, 2, 2, 3),
+        ("steps", 500, None, 1, 2),
+        ("steps", 1, None, 95, 96),
+        ("steps", 0.5, None, 2, 3),
+        ("steps", 0.001, None, 95, 96),
+        ("epoch", 10, None, 3, 4),
+        ("epoch", 10, 2, 2, 4),
+        ("best", 10, None, 95, 96),
+        ("best", 10, 5, 5, 6),
     ],
 )
-def test_as_many_are_there_at_once_as_are_saved_or_kept(strategy, save_steps, limit, expected):
-    args = args_with(strategy=strategy, save_steps=save_steps, save_total_limit=limit)
-    assert disk.num_at_once(args, num_steps=95) == expected
-
-
-def test_a_begun_epoch_ends_with_a_checkpoint():
-    assert disk.num_at_once(args_with(strategy="epoch", num_train_epochs=1.2), num_steps=95) == 2
+def test_as_many_are_there_at_once_as_are_saved_or_kept(strategy, save_steps, limit, expected, with_best):
+    fields = {"strategy": strategy, "save_steps": save_steps, "save_total_limit": limit}
+    assert disk.num_at_once(args_with(**fields), num_steps=95, num_epochs=2.1) == expected
+    assert disk.num_at_once(args_with(**fields, load_best_model_at_end=True), 95, 2.1) == with_best
 
 
 @pytest.mark.parametrize("free", [4 * GIB - 1, 4 * GIB], ids=["too little", "just enough"])
 def test_the_checkpoints_to_come_need_room_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int):
     output_dir = tmp_path / "not" / "there"
     have_free(monkeypatch, free)
-    if free == 4 * GIB:
-        disk.check_room(args_with(output_dir), 20, 2 * GIB)
-    else:
-        with pytest.raises(UserError) as caught:
-            disk.check_room(args_with(output_dir), 20, 2 * GIB)
-        said = "has 4.0 GiB free, and 4.0 GiB are needed: 2 checkpoints at once of about 2.0 GiB; give"
-        assert f"--output_dir {output_dir} {said}" in str(caught.value)
+    said = "has 4.0 GiB free, and 4.0 GiB are needed: 2 checkpoints at once of about 2.0 GiB; give"
+    with nullcontext() if free == 4 * GIB else pytest.raises(UserError, match=f"--output_dir {output_dir} {said}"):
+        disk.check_room(args_with(output_dir), 20, 1, 2 * GIB)
     assert names_in(tmp_path) == []
 
 
-def test_both_figures_are_in_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"save_total_limit": 5}, "7.5 GiB are needed: 5 checkpoints at once of about 1.5 GiB"),
+        ({"save_total_limit": 1, "load_best_model_at_end": True}, "6.0 GiB are needed: 4 checkpoints at once of"),
+        ({"strategy": "epoch"}, "4.5 GiB are needed: 3 checkpoints at once of"),
+        ({"strategy": "no"}, "1.5 GiB are needed: 1 checkpoint of about 1.5 GiB"),
+    ],
+    ids=["those kept", "the best and the result too", "one an epoch", "the result"],
+)
+def test_both_figures_are_in_the_message(tmp_path, monkeypatch, fields, said):
     have_free(monkeypatch, 50 * 2**20)
-    with pytest.raises(UserError, match=r"has 50\.0 MiB free, and 7\.5 GiB are needed: 5 checkpoints at once of about"):
-        disk.check_room(args_with(tmp_path, save_total_limit=5), 100, 3 * GIB // 2)
-
-
-def test_a_run_without_checkpoints_needs_room_for_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    args = args_with(tmp_path, strategy="no")
-    have_free(monkeypatch, 2 * GIB)
-    disk.check_room(args, 20, 2 * GIB)
-    with pytest.raises(UserError, match=r"3\.0 GiB are needed: 1 checkpoint of about 3\.0 GiB"):
-        disk.check_room(args, 20, 3 * GIB)
+    with pytest.raises(UserError, match=f"has 50.0 MiB free, and {said}"):
+        disk.check_room(args_with(tmp_path, **fields), 100, 2.1, 3 * GIB // 2)
 
 
 def test_room_that_checkpoints_have_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for step, size in ((9, GIB // 2), (10, GIB), (11, GIB)):
         write_checkpoint(tmp_path, step, size)
     have_free(monkeypatch, GIB)
-    disk.check_room(args_with(tmp_path), 30, GIB)
+    disk.check_room(args_with(tmp_path), 30, 1, GIB)
     with pytest.raises(UserError, match=r"has 1\.0 GiB free, and 2\.0 GiB are needed: 2 checkpoints at once of"):
-        disk.check_room(args_with(tmp_path, save_total_limit=2), 30, 2 * GIB)
+        disk.check_room(args_with(tmp_path, save_total_limit=2), 30, 1, 2 * GIB)
 
 
-def test_a_new_folder_in_a_writable_one_passes_and_is_not_made(tmp_path: Path):
-    disk.check_writable(str(tmp_path / "not" / "there" / "yet"))
-    disk.check_writable(str(tmp_path))
-    assert names_in(tmp_path) == []
-
-
-def test_a_new_folder_beside_the_programs_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_new_folder_in_a_writable_one_passes_and_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    disk.check_writable("output_dir/new")
-    assert names_in(tmp_path) == []
+    for output_dir in (tmp_path / "not" / "there" / "yet", tmp_path, "output_dir/new"):
+        disk.check_writable(str(output_dir))
+        assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["", "new/er"])
@@ -195,42 +179,72 @@ def test_a_read_only_disk_is_refused(small_disk: Path, name: str):
     assert f"--output_dir {small_disk / name} cannot be written to: [Errno 30] Read-only" in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
-def test_a_folder_of_someone_else_is_refused(tmp_path: Path):
-    tmp_path.chmod(0o500)
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be no longer root, who may enter and write to every folder, for a while."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.setresuid(65534, 65534, 0)
     try:
-        with pytest.raises(UserError, match=r"cannot be written to: \[Errno 13\]"):
-            disk.check_writable(str(tmp_path / "new"))
+        yield
     finally:
-        tmp_path.chmod(0o700)
+        if is_root:
+            os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """Return a folder with one in it, to be closed; unlike pytest's own, the one above is open to everybody."""
+    with TemporaryDirectory() as above:
+        Path(above).chmod(0o755)
+        Path(above, "closed", "there").mkdir(parents=True)
+        yield Path(above, "closed")
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(0o555, ""), (0o555, "new"), *((mode, name) for mode in (0, 0o444) for name in ("", "new", "there", "there/new"))],
+)
+def test_a_folder_that_one_may_not_write_to_or_enter_is_refused(closed: Path, mode: int, name: str):
+    closed.chmod(mode)
+    said = rf"^--output_dir {closed / name} cannot be written to: \[Errno 13\] [^\n]*$"
+    with as_nobody(), pytest.raises(UserError, match=said):
+        disk.check_writable(str(closed / name))
+
+
+@pytest.mark.parametrize("name", ["new", "there", "there/new"])
+def test_the_room_below_a_folder_that_one_may_not_enter_is_known(closed, monkeypatch, name):
+    closed.chmod(0)
+    have_free(monkeypatch, 2 * GIB)
+    said = f"^--output_dir {closed / name} has 2.0 GiB free, and [^\\n]*$"
+    with as_nobody(), pytest.raises(UserError, match=said):
+        disk.check_room(args_with(closed / name), 20, 1, 2 * GIB)
 
 
 def test_a_folder_inside_a_file_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="file is a file; expected a folder"):
         disk.check_writable(str(tmp_path / "file" / "new"))
 
 
 @pytest.mark.parametrize(
-    ("kept", "left"),
-    [(None, [8, 9, 10]), (0, [8, 9, 10]), (1, [10]), (2, [10]), (3, [9, 10]), (4, [8, 9, 10])],
+    ("kept", "best", "left"),
+    [
+        *((kept, None, [8, 9, 10]) for kept in (None, 0, 4)),
+        *((kept, None, [10]) for kept in (1, 2)),
+        (3, None, [9, 10]),
+        *((kept, "elsewhere/checkpoint-8", [8, 10]) for kept in (1, 2, 3)),
+    ],
 )
-def test_room_is_made_for_one_more_and_one_complete_stays(tmp_path: Path, kept: int | None, left: list[int]):
+def test_room_is_made_for_one_more_and_the_newest_and_the_best_stay(tmp_path, kept, best, left):
     for step in (8, 9, 10):
         write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 7, complete=False)
     write_checkpoint(tmp_path / "unfinished", 11)
-    disk.make_room(str(tmp_path), "checkpoint-11", 1, kept, best=None)
+    disk.make_room(str(tmp_path), "checkpoint-11", 1, kept, best)
     assert checkpoint.complete_steps(str(tmp_path)) == left
     assert names_in(tmp_path) == sorted(["unfinished", *(f"checkpoint-{step}" for step in left)])
     assert names_in(tmp_path / "unfinished") == []
-
-
-def test_the_best_one_stays_too(tmp_path: Path):
-    for step in (8, 9, 10):
-        write_checkpoint(tmp_path, step)
-    disk.make_room(str(tmp_path), "checkpoint-11", 1, 2, best=str(tmp_path / "checkpoint-8"))
-    assert checkpoint.complete_steps(str(tmp_path)) == [8, 10]
 
 
 def test_the_first_one_finds_its_folder(tmp_path: Path):
@@ -286,18 +300,13 @@ def test_a_disk_that_turns_read_only_is_told_as_well(small_disk: Path):
     assert checkpoint.complete_steps(str(small_disk)) == [1]
 
 
-def test_one_without_its_marker_goes_when_the_disk_is_full(tmp_path: Path):
-    write_checkpoint(tmp_path, 2, complete=False)
-    with pytest.raises(OneRankError, match="no complete checkpoint"), disk.writing(str(tmp_path), "checkpoint-2"):
+@pytest.mark.parametrize(("complete", "left"), [(True, "checkpoint-2 is whole"), (False, "no complete checkpoint")])
+def test_only_one_without_its_marker_goes_when_the_disk_is_full(tmp_path: Path, complete: bool, left: str):
+    write_checkpoint(tmp_path, 2, complete=complete)
+    with pytest.raises(OneRankError, match=left), disk.writing(str(tmp_path), "checkpoint-2"):
         raise OSError(errno.ENOSPC, "No space")
-    assert names_in(tmp_path) == []
-
-
-def test_a_complete_one_stays_when_the_disk_is_full(tmp_path: Path):
-    write_checkpoint(tmp_path, 2)
-    with pytest.raises(OneRankError, match="checkpoint-2 is whole"), disk.writing(str(tmp_path), "checkpoint-2"):
-        raise OSError(errno.ENOSPC, "No space")
-    assert checkpoint.complete_steps(str(tmp_path)) == [2]
+    assert names_in(tmp_path) == (["checkpoint-2"] if complete else [])
+    assert checkpoint.complete_steps(str(tmp_path)) == ([2] if complete else [])
 
 
 @pytest.mark.parametrize(
@@ -311,22 +320,19 @@ def test_other_errors_pass_through_unchanged(tmp_path: Path, error: Exception):
     assert names_in(tmp_path) == ["unfinished"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(OSError(number, "something") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
-        *(RuntimeError(f"I/O error: {os.strerror(number)}") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
-    ],
-    ids=repr,
-)
-def test_a_full_disk_is_known_by_its_number_or_its_words(tmp_path: Path, error: Exception):
-    assert disk.no_room(error, str(tmp_path))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_known_by_its_number_or_its_words(tmp_path: Path, number: int):
+    assert disk.no_room(OSError(number, "something"), str(tmp_path))
+    assert disk.no_room(RuntimeError(f"I/O error: {os.strerror(number)}"), str(tmp_path))
 
 
 @pytest.mark.parametrize(("free", "expected"), [(2**20 - 1, True), (2**20, False)])
-def test_a_full_disk_is_known_by_its_free_room(tmp_path, monkeypatch, free, expected):
+@pytest.mark.parametrize("name", ["", "gone/too", "closed", "closed/there", "closed/new"])
+def test_a_full_disk_is_known_by_its_free_room(closed, monkeypatch, free, expected, name):
     have_free(monkeypatch, free)
-    assert disk.no_room(RuntimeError("unexpected pos 704"), str(tmp_path)) == expected
+    closed.chmod(0)
+    with as_nobody():
+        assert disk.no_room(RuntimeError("unexpected pos 704"), str(closed.parent / name)) == expected
 
 
 class AskedError(Exception):
