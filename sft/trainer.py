@@ -31,6 +31,7 @@ class Trainer(transformers.Trainer):
         self.settings = settings
         self.saving_into: Path | None = None
         self.has_saved = False
+        self.order: EpochOrder | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
         self.watch = Watch(self)
         self.add_callback(LeakCheck(examples_share_rows))
@@ -49,7 +50,8 @@ class Trainer(transformers.Trainer):
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochOrder(train_dataset, data_seed)
+        self.order = EpochOrder(train_dataset, data_seed)
+        return self.order
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -229,6 +231,11 @@ class Watch(TrainerCallback):
 
     def _take_note(self, signal_number: int, frame) -> None:
         self.told_to_end = True
+
+    def on_epoch_begin(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Set the order's epoch, which accelerate does not where several ranks go on within an epoch."""
+        if self.trainer.order is not None:
+            self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state, control, **unused) -> None:
         """Raise WastedRunError if the step's loss is 0 or not finite, or too many steps in a row were skipped."""

@@ -21,7 +21,7 @@ sys.path.insert(0, str(PROJECT))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a longer test of killed runs be asked for: sh tests/run.sh -k killed --kills 20 --rank_kills 5 -s."""
-    parser.addoption("--kills", type=int, default=2, help="how often a run of one process is killed")
+    parser.addoption("--kills", type=int, default=1, help="how often a run of one process is killed")
     parser.addoption("--rank_kills", type=int, default=1, help="how often a run of two ranks is killed")
 
 
