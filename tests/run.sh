@@ -8,4 +8,4 @@ cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # Two workers of one thread each: the models are too small to share out over threads.
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 "$@" tests
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist worksteal "$@" tests
