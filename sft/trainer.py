@@ -246,12 +246,18 @@ class Watch(TrainerCallback):
         self.told_to_end = num_told > 0
         if self.told_to_end:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the time given may not suffice for both
         skipped = trainer.accelerator.optimizer_step_was_skipped
         self.num_skipped = self.num_skipped + 1 if skipped else 0
         if happened := what_is_wasted(loss, self.num_skipped):
             raise WastedRunError(
                 f"at step {state.global_step:,} {happened}; {checkpoint.what_to_go_back_to(args.output_dir)}"
             )
+
+    def on_epoch_end(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Leave out what an epoch ends with where the run was told to end within it, and has saved."""
+        if self.told_to_end:
+            control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: TrainingArguments, state, control, **unused) -> None:
         """Let SIGTERM end the process again."""
