@@ -116,14 +116,12 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, star
     told = time.monotonic()
     run.send_signal(signal.SIGTERM)
     stdout, stderr = run.communicate(timeout=60)
-    assert (
-        time.monotonic() - told < 30
-        and "eval_loss" not in stdout
-        and not [process for process in everyone if process.is_running()]
-    )
+    assert time.monotonic() - told < 30 and not [process for process in everyone if process.is_running()]
     assert run.returncode == 75
     step = int(re.search(r"^stopped: SIGTERM came; saved \S+/checkpoint-(\d+) of 400 steps", stderr, re.MULTILINE)[1])
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    steps_an_epoch = 27
+    assert stdout.count("eval_loss") <= step // steps_an_epoch
 
     if ranks == 2:
         return
