@@ -252,7 +252,7 @@ def test_killed_and_started_again_equals_never_interrupted(run, make_model, data
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not (killed / "checkpoint-10" / "trainer_state.json").exists():
+    while not (killed / "checkpoint-10" / "complete.json").exists():
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
