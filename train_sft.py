@@ -9,8 +9,8 @@ Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md);
 
 import difflib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +28,14 @@ from transformers.integrations import get_available_reporting_integrations
 from sft import disk, flat_row, report, resume, zero
 from sft.dataset import DataReport, flatten, load_examples
 from sft.models import count_parameters, load_config, load_model, load_tokenizer, locate
-from sft.packing import PackedDataset, examples_of
+from sft.packing import PackedDataset
 from sft.program import OneLineErrors, UserError, one_line, run_program
+from sft.shards import find_shards
+from sft.streaming import StreamedRows, first_of
+from sft.tokenise import Encoder, check_length
 from sft.trainer import Trainer
 
+Rows = Dataset | PackedDataset | StreamedRows
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -46,7 +50,7 @@ class ModelArguments:
 class DataArguments:
     """Which rows."""
 
-    data_path: str = field(metadata={"help": "A .json or .jsonl file of instruction rows, or a folder of them."})
+    data_path: str = field(metadata={"help": "A file of instruction rows or conversations, or a folder of them."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out rows, for an eval loss."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Without --eval_data_path: the share of the rows to hold out, chosen by --seed."}
@@ -54,6 +58,17 @@ class DataArguments:
     packing: bool = field(
         default=False,
         metadata={"help": "Fill rows of --model_max_length tokens with several examples; a batch counts such rows."},
+    )
+    dedup: bool = field(default=False, metadata={"help": "Leave out rows whose text stood before."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "End before training if more than this share of the rows is refused."}
+    )
+    check_data: bool = field(default=False, metadata={"help": "Say what becomes of the rows, and end."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Tokenise rows while training on them, and keep none; needs --max_steps."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise; by default one for each core."}
     )
 
 
@@ -68,6 +83,7 @@ class TrainingArguments(transformers.TrainingArguments):
     fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default where the GPU lacks bf16."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: rows are tokens alone."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a mean for a loss that is no number."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
     save_optimizer_limit: int | None = field(
@@ -133,6 +149,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
+    if data_args.streaming and (training_args.max_steps <= 0 or data_args.eval_fraction or data_args.dedup):
+        raise UserError("--streaming True needs --max_steps, and has no --eval_fraction and no --dedup: give what fits")
+    if data_args.streaming and (training_args.dataloader_num_workers or data_args.check_data):
+        raise UserError(
+            "--streaming True reads in the training process; leave out --dataloader_num_workers, --check_data"
+        )
     if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):
         installed = ", ".join(get_available_reporting_integrations()) or "none"
         raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
@@ -173,37 +195,85 @@ def make_model(location: str, training_args: TrainingArguments, tokenizer: PreTr
 
 def make_data(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None, dict[str, DataReport]]:
-    """Return the examples to train on, those held out (None without any), and a report on each file or folder."""
-    cache_dir = training_args.cache_dir
-    train_dataset, data_report = load_examples(data_args.data_path, tokenizer, cache_dir)
-    eval_dataset, reports = None, {"data": data_report}
+) -> tuple[Rows, Dataset | None, dict[str, DataReport]]:
+    """Return the rows to train on, the examples held out (None without any), and a report on each file or folder."""
+    load = partial(
+        load_examples,
+        tokenizer=tokenizer,
+        cache_dir=training_args.cache_dir,
+        dedup=data_args.dedup,
+        num_workers=data_args.preprocessing_num_workers,
+    )
+    reports, train_dataset, eval_dataset = {}, None, None
+    if not data_args.streaming:
+        train_dataset, reports["data"] = load(data_args.data_path)
     if data_args.eval_data_path:
-        eval_dataset, reports["held out"] = load_examples(
-            data_args.eval_data_path, tokenizer, cache_dir, flag="--eval_data_path"
-        )
-    elif data_args.eval_fraction:
-        if len(train_dataset) < 2:
-            raise UserError(f"--eval_fraction needs at least 2 rows; {data_args.data_path} has {len(train_dataset)}")
-        held_out = min(max(1, round(len(train_dataset) * data_args.eval_fraction)), len(train_dataset) - 1)
-        split = train_dataset.train_test_split(held_out, seed=training_args.seed)
-        train_dataset, eval_dataset = split["train"], split["test"]
+        eval_dataset, reports["held out"] = load(data_args.eval_data_path, flag="--eval_data_path")
+    tell_of_data(data_args, training_args, reports)
+    if data_args.streaming:
+        train_dataset = stream_rows(data_args, training_args, tokenizer)
+    elif data_args.eval_fraction and not data_args.eval_data_path:
+        train_dataset, eval_dataset = hold_out(train_dataset, data_args.eval_fraction, training_args.seed)
     if eval_dataset is not None and training_args.eval_strategy == "no":
         training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
+    if data_args.packing and not data_args.streaming:
+        train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
     return train_dataset, eval_dataset, reports
+
+
+def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
+    """Print and write what became of the rows; raise UserError if too many are refused, or none is left."""
+    notes = Path(training_args.output_dir, report.NOTES)
+    if training_args.process_index == 0:
+        disk.claim(training_args.output_dir)
+        report.write_data_report(reports.values(), notes)
+        for name, data_report in reports.items():
+            report.print_data(name, data_report)
+    paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
+    for name, data_report in reports.items():
+        if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
+            disk.give_back(training_args.output_dir)
+            raise UserError(f"{' '.join(paths[name])} {wrong}; {notes} lists what was refused")
+
+
+def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split a share of the rows off, at least one, chosen by `seed`."""
+    if len(examples) < 2:
+        raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
+    num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
+    split = examples.train_test_split(num_held_out, seed=seed, keep_in_memory=True)
+    return split["train"], split["test"]
+
+
+def stream_rows(
+    data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> StreamedRows:
+    """Return this rank's rows, read while it trains on them."""
+    check_length(tokenizer)
+    return StreamedRows(
+        files=find_shards(data_args.data_path),
+        encoder=Encoder(tokenizer),
+        notes=Path(training_args.output_dir, report.NOTES),
+        max_bad_fraction=data_args.max_bad_fraction,
+        packing=data_args.packing,
+        shuffle=training_args.train_sampling_strategy == "random",
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        rank=training_args.process_index,
+        world_size=training_args.world_size,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows: Sequence) -> tuple[dict, Path | None]:
+def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows: Rows) -> tuple[dict, Path | None]:
     """Return the run's settings, kept with its checkpoints, and the checkpoint that it goes on from, if any.
 
     Raises UserError if that one was made with others, or the disk has no room for those to come.
     """
     disk.check_shared(training_args)
     num_parameters, stage = count_parameters(config), zero.stage_of(training_args)
-    num_steps, num_epochs = report.count_steps(training_args, len(rows))
+    num_steps, num_epochs = report.count_steps(training_args, rows)
     settings = resume.settings_of(training_args, rows, stage, num_parameters)
     resumed = resume.find(training_args, settings, num_steps)
     num_bytes = disk.checkpoint_bytes(num_parameters, training_args, stage)
@@ -211,31 +281,29 @@ def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows
     return settings, resumed
 
 
-def print_header(trainer: Trainer, reports: dict[str, DataReport], resumed: Path | None) -> None:
+def print_header(trainer: Trainer, resumed: Path | None) -> None:
     """Print what this run is about to do, and one example as the model sees it."""
     args, model = trainer.args, trainer.model
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
-    examples = examples_of(trainer.train_dataset)
     lines = {
         "model": f"{model.config.model_type}, {trainer.settings['parameters']:,} parameters",
-        **{name: report.data_line(data_report) for name, data_report in reports.items()},
-        "examples": f"{len(examples):,} trained on, {num_held_out:,} held out",
+        "examples": f"{report.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
         "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
         "steps": report.steps_line(args, trainer.train_dataset),
         "device": report.device_line(args),
         "memory": report.memory_line(args, model),
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
-        "example": report.marked_example(trainer.processing_class, examples[0]),
+        "example": report.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
     }
     for name, text in lines.items():
         print(f"{name:9}{text}", flush=True)
 
 
-def describe(trainer: Trainer, base: str, data_path: str, data_report: DataReport) -> None:
+def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | StreamedRows) -> None:
     """Write the loss curve and the model card beside the saved model."""
     output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
-    card = report.model_card(base, data_path, data_report, trainer)
+    card = report.model_card(base, data_path, data, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step
@@ -254,13 +322,15 @@ def main() -> None:
     config = load_config(location, training_args.cache_dir)
     tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
     train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
-    if data_args.packing:
-        train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
+    if data_args.check_data:
+        disk.give_back(training_args.output_dir)
+        return
     settings, resumed = prepare_run(training_args, config, train_dataset)
     zero.size_buffers(training_args, config)
     model = make_model(location, training_args, tokenizer)
     flat_row.install(model)
-    batch_sizes = [training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1]
+    batch_size = max(training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1)
+    have_turns = data_args.streaming or any(data_report.counts.conversations for data_report in reports.values())
 
     trainer = Trainer(
         model=model,
@@ -270,16 +340,14 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         settings=settings,
-        examples_share_rows=data_args.packing or max(batch_sizes) > 1,
+        examples_share_rows=data_args.packing or batch_size > 1 or have_turns,
     )
     if trainer.is_world_process_zero():
-        disk.claim(training_args.output_dir)
-        print_header(trainer, reports, resumed)
-        report.write_data_report(reports.values(), Path(training_args.output_dir, "data_report.jsonl"))
-    trainer.train_to_the_end(resumed, report.count_steps(training_args, len(train_dataset))[0])
+        print_header(trainer, resumed)
+    trainer.train_to_the_end(resumed, report.count_steps(training_args, train_dataset)[0])
     trainer.save_result()
     if trainer.is_world_process_zero():
-        describe(trainer, model_args.model_name_or_path, data_args.data_path, reports["data"])
+        describe(trainer, model_args.model_name_or_path, data_args.data_path, reports.get("data", train_dataset))
         disk.give_back(training_args.output_dir)
     # A process group still open at exit can abort a rank whose work is done.
     trainer.accelerator.wait_for_everyone()

@@ -24,7 +24,8 @@ from transformers.generation import BaseStreamer
 from sft.models import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import STOP_MARKERS, build_chat_prompt, build_prompt
-from sft.shards import find_shards, read_rows
+from sft.rows import read_rows
+from sft.shards import find_shards
 
 
 @dataclass(frozen=True)

@@ -1,210 +1,153 @@
-"""Rows to token ids and labels, and examples to one flat row.
+"""Tokenised rows as a data set, and its examples as one flat row.
 
-Shapes: T = tokens of all examples in the row.
+Shapes: R = rows of the data set, T = tokens of all examples in a flat row.
 """
 
-import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, List, Value, disable_progress_bars
-from datasets.exceptions import DatasetGenerationError
-from tqdm import tqdm
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sft import prompts, shards
+from sft import store
 from sft.loss import IGNORE_INDEX
-from sft.program import UserError
-from sft.shards import Row
-
-ROWS_PER_CALL = 1000  # enough for the fast tokenizer to use every core
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "length": Value("int32"),
-        "place": Value("string"),
-        "note": Value("string"),
-    }
-)
+from sft.shards import SHAPE, find_shards, place_of
+from sft.store import Counts
+from sft.tokenise import check_length
 
 
 @dataclass
 class DataReport:
-    """What became of every row that was read: rows = kept + dropped, and `cut` of the kept ones were shortened."""
+    """What became of every row that was read: counts.rows = kept + counts.refused + duplicates."""
 
-    rows: int = 0
+    counts: Counts
+    notes: Path  # one JSON line for each row that was refused or cut
     kept: int = 0
     tokens: int = 0
     labelled_tokens: int = 0
-    longest: int = 0
-    cut: list[dict[str, str]] = field(default_factory=list)
-    dropped: list[dict[str, str]] = field(default_factory=list)
+    longest: int = 0  # tokens of a row
+    # File and row of each row left out as a duplicate, and of the first one with its text, (D, 4).
+    duplicates: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
+
+    @property
+    def bad_fraction(self) -> float:
+        """Return the share of refused rows, or that of bytes which could not be read if it is larger."""
+        counts = self.counts
+        return max(counts.refused / max(1, counts.rows), counts.unread_bytes / max(1, counts.num_bytes))
+
+    def what_is_wrong(self, max_bad_fraction: float) -> str | None:
+        """Return why no run should train on this, if so."""
+        counts = self.counts
+        if not counts.rows:
+            return f"has no row to train on; expected rows such as {SHAPE}"
+        if self.bad_fraction > max_bad_fraction:
+            unread = (
+                f" and {counts.unread_bytes:,} of {counts.num_bytes:,} bytes not read" if counts.unread_bytes else ""
+            )
+            return (
+                f"has {counts.refused:,} of {counts.rows:,} rows refused{unread}, more than --max_bad_fraction "
+                f"{max_bad_fraction:g}; mend them, or allow more"
+            )
+        return None if self.kept else f"has no row to train on: all of {counts.rows:,} are refused"
+
+    def entries(self) -> Iterator[dict[str, str]]:
+        """Yield the place of every row that was refused, cut or left out as a duplicate, and why."""
+        with self.notes.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+        for file, row, first_file, first_row in self.duplicates.tolist():
+            yield {"place": self._place(file, row), "note": f"duplicate: of {self._place(first_file, first_row)}"}
+
+    def refused(self, number: int) -> list[dict[str, str]]:
+        """Return the entries of the first so many refused rows."""
+        return list(islice((entry for entry in self.entries() if entry["note"].startswith("refused")), number))
+
+    def _place(self, file: int, row: int) -> str:
+        return place_of(Path(self.counts.files[file]["file"]), self.counts.files[file]["form"], row)
 
 
 def load_examples(
-    path: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None = None, flag: str = "--data_path"
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | None = None,
+    flag: str = "--data_path",
+    dedup: bool = False,
+    num_workers: int | None = None,
 ) -> tuple[Dataset, DataReport]:
-    """Return the examples of the rows at `path`, and the report on them.
+    """Return the rows at `path` tokenised, and the report on them.
 
-    Examples have `input_ids` and `labels`, lists of the same "length" up to `tokenizer.model_max_length`, and "place",
-    the file and line of their row. They lie in Arrow files under `cache_dir`, found again as long as files, tokenizer,
-    length and this code stay the same; processes of one host wait for the one that writes them. Raises UserError if
-    the rows cannot be read or none is left to train on; `flag` is the one that gave the path.
+    The rows are those of `sft.store`, in an Arrow file under `cache_dir` that is mapped into memory; `dedup` leaves
+    out those whose text stood before. Raises UserError, naming the `flag` that gave the path, if there are no files,
+    or `tokenizer.model_max_length` is too short.
     """
-    files = shards.find_shards(path, flag)
+    files = find_shards(path, flag)
     check_length(tokenizer)
-    if not any(True for file in files for _ in shards.read_rows(file)):
-        raise UserError(f"{flag} {path} has no row to train on; expected rows {shards.SHAPE}")
-    disable_progress_bars()  # encode_shards has its own
-    try:
-        encoded = Dataset.from_generator(
-            encode_shards,
-            features=FEATURES,
-            cache_dir=cache_dir,
-            gen_kwargs={"files": files, "tokenizer": tokenizer},
-            fingerprint=_fingerprint(files, tokenizer),
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    lengths = encoded.data.column("length").to_numpy()
-    kept = lengths.nonzero()[0]
-    if not len(kept):
-        raise UserError(f"{flag} {path} has no row to train on ({len(encoded)} read); give rows with an output")
-    return encoded.select(kept), _report(encoded, lengths)
+    folder = store.tokenised(files, tokenizer, cache_dir, num_workers)
+    report = DataReport(Counts(**json.loads((folder / store.COUNTS).read_text(encoding="utf-8"))), folder / store.NOTES)
+    if not report.counts.kept:
+        return Dataset.from_list([]), report
+    examples = Dataset.from_file(str(folder / store.ROWS))
+    if dedup:
+        first_of = first_equals(examples)
+        is_first = first_of == np.arange(len(first_of))
+        where = np.stack([lengths_of(examples, name) for name in ("file", "row")], axis=1)
+        pairs = np.concatenate([where, where[first_of]], axis=1)[~is_first]
+        report.duplicates = np.unique(pairs, axis=0)  # a row of several parts once
+        examples = examples.select(np.flatnonzero(is_first), keep_in_memory=True)
+    lengths = lengths_of(examples)
+    report.kept = report.counts.kept - len(report.duplicates)
+    report.tokens, report.labelled_tokens = int(lengths.sum()), int(lengths_of(examples, "labelled").sum())
+    report.longest = int(lengths.max())
+    return examples, report
 
 
-def _report(encoded: Dataset, lengths: np.ndarray) -> DataReport:
-    labels = pc.list_flatten(encoded.data.column("labels"))
-    report = DataReport(
-        rows=len(encoded),
-        kept=int((lengths > 0).sum()),
-        tokens=int(lengths.sum()),
-        labelled_tokens=pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py(),
-        longest=int(lengths.max()),
-    )
-    notes = encoded.data.column("note")
-    for index in pc.indices_nonzero(pc.not_equal(notes, "")).to_pylist():
-        group = report.cut if lengths[index] else report.dropped
-        group.append({"place": encoded[index]["place"], "note": notes[index].as_py()})
-    return report
+def lengths_of(examples: Dataset, name: str = "length") -> np.ndarray:
+    """Return a column of numbers, by default the tokens of each row, (R,)."""
+    return np.asarray(examples.with_format("numpy")[name][:])
 
 
-def _fingerprint(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    code = hashlib.sha256()
-    for module in (__file__, prompts.__file__, shards.__file__):
-        code.update(Path(module).read_bytes())
-    for file in files:
-        state = file.stat()
-        code.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    code.update(tokenizer.backend_tokenizer.to_str().encode())
-    code.update(f"{tokenizer.eos_token_id} {tokenizer.model_max_length}".encode())
-    return code.hexdigest()[:32]
+def first_equals(examples: Dataset) -> np.ndarray:
+    """Return for each row the index of the first row with the same digest, (R,)."""
+    chunks = (np.frombuffer(chunk.buffers()[1], "<u8") for chunk in examples.data.column("digest").chunks)
+    digests = np.concatenate(list(chunks)).reshape(-1, 2)
+    order = np.lexsort(digests.T)  # stable: rows of one digest stay in their order
+    begins = np.ones(len(order), bool)
+    begins[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    first_of = np.empty_like(order)
+    first_of[order] = order[begins][np.cumsum(begins) - 1]
+    return first_of
 
 
-def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if `tokenizer.model_max_length` has no room for an answer behind the empty prompt."""
-    template = len(tokenizer(prompts.build_prompt("-", "-"), verbose=False).input_ids)
-    if tokenizer.model_max_length < template + 2:
-        raise UserError(
-            f"--model_max_length {tokenizer.model_max_length} is too short: the prompt's own text is {template} "
-            f"tokens and an answer needs at least 2 more; give at least {template + 2}"
-        )
+# -------------------------------------------------------------------------------------------------------- the flat row
 
 
-def encode_shards(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
-    """Yield the examples of every row of `files`, in order; a dropped row is an example without tokens."""
-    rows = (row for file in files for row in shards.read_rows(file))
-    # Shown on a terminal, from the second second on.
-    rows = tqdm(rows, desc="tokenising", unit=" rows", delay=1, leave=False, disable=None)
-    while some_rows := list(islice(rows, ROWS_PER_CALL)):
-        yield from encode_rows(some_rows, tokenizer)
+def labels_of(row: dict) -> list[int]:
+    """Return a row's labels: the ids of its answers, and IGNORE_INDEX in place of its prompts."""
+    input_ids, labels, start = row["input_ids"], [], 0
+    for prompt, answer in zip(row["lengths"][::2], row["lengths"][1::2], strict=True):
+        labels += [IGNORE_INDEX] * prompt
+        labels += input_ids[start + prompt : start + prompt + answer]
+        start += prompt + answer
+    return labels
 
 
-def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
-    """Yield one example a row; prompt and answer are tokenised apart, so no token reaches over their joint.
+def flatten(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """Join rows end to end, without padding: int64 `input_ids`, `labels` and `position_ids`, each (1, T).
 
-    An inference prompt has no answer behind it, and BLOOM's pre-tokenizer would otherwise merge ":" with the
-    answer's first characters into tokens that inference never sees.
-    """
-    rows_prompts = [prompts.build_prompt(row.instruction, row.input) for row in rows]
-    encoded_prompts = tokenizer(rows_prompts, return_offsets_mapping=True, verbose=False)
-    encoded_answers = tokenizer([row.output for row in rows], add_special_tokens=False, verbose=False)
-    for row, prompt, offsets, answer in zip(
-        rows, encoded_prompts.input_ids, encoded_prompts.offset_mapping, encoded_answers.input_ids, strict=True
-    ):
-        if not row.output.strip():
-            yield {
-                "input_ids": [],
-                "labels": [],
-                "length": 0,
-                "place": row.place,
-                "note": "dropped: the output is empty",
-            }
-            continue
-        spans = prompts.body_spans(row.instruction, row.input)
-        yield {
-            "place": row.place,
-            **join(prompt, offsets, spans, [*answer, tokenizer.eos_token_id], tokenizer.model_max_length),
-        }
-
-
-def join(
-    prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], answer: list[int], max_length: int
-) -> dict:
-    """Join a prompt and its answer (eos included) into at most `max_length` tokens.
-
-    Where both do not fit, the user's text in the prompt is shortened first, each of `spans` (characters; tokens by
-    `offsets`) from its left end and the template kept whole; then the answer from its right end, losing its eos.
-    """
-    note = ""
-    excess = len(prompt) + len(answer) - max_length
-    if excess > 0:
-        length = len(prompt)
-        prompt = shorten(prompt, offsets, spans, excess)
-        note = f"cut: {length - len(prompt)} of the prompt's {length} tokens"
-        if len(prompt) + len(answer) > max_length:
-            note += f", {len(prompt) + len(answer) - max_length} of the answer's {len(answer)}"
-            answer = answer[: max_length - len(prompt)]
-    labels = [IGNORE_INDEX] * len(prompt) + answer
-    return {"input_ids": prompt + answer, "labels": labels, "length": len(labels), "note": note}
-
-
-def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], excess: int) -> list[int]:
-    """Return the prompt with about `excess` tokens fewer, never fewer than the template's own.
-
-    A character whose bytes are several tokens goes as a whole, so a few more tokens may go.
-    """
-    removed: set[int] = set()
-    for start, end in spans:
-        inside = [i for i, (first, last) in enumerate(offsets) if first >= start and last <= end]
-        for position, i in enumerate(inside):
-            splits_a_character = position > 0 and offsets[i][0] < offsets[inside[position - 1]][1]
-            if len(removed) >= excess and not splits_a_character:
-                break
-            removed.add(i)
-    return [token for i, token in enumerate(prompt) if i not in removed]
-
-
-def flatten(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Join examples end to end, without padding: int64 `input_ids`, `labels` and `position_ids`, each (1, T).
-
-    Positions count from 0 in each example, or as its own "position_ids" say where it is a packed row of several.
+    Positions count from 0 in each example, whose prompt and answer are as long as the row's "lengths" say by turns.
     """
     input_ids, labels, position_ids = [], [], []
-    for example in examples:
-        input_ids += example["input_ids"]
-        labels += example["labels"]
-        position_ids += example.get("position_ids") or range(len(example["input_ids"]))
-    row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    row = {name: torch.tensor([values]) for name, values in row.items()}
+    for row in rows:
+        input_ids += row["input_ids"]
+        labels += labels_of(row)
+        for prompt, answer in zip(row["lengths"][::2], row["lengths"][1::2], strict=True):
+            position_ids += range(prompt + answer)
+    flat = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    flat = {name: torch.tensor([values]) for name, values in flat.items()}
     # What begins an example is no continuation of the one before it.
-    row["labels"][row["position_ids"] == 0] = IGNORE_INDEX
-    return row
+    flat["labels"][flat["position_ids"] == 0] = IGNORE_INDEX
+    return flat

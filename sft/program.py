@@ -72,7 +72,7 @@ def run_program(main: Callable[[], None]) -> None:
     # DeepSpeed calls torch by a name that torch has since changed, and every rank would say so at every save.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if "LOCAL_RANK" in os.environ:
-        _end_with_launcher()
+        end_with_parent()
     try:
         main()
     except EarlyEndError as end:
@@ -86,8 +86,8 @@ def run_program(main: Callable[[], None]) -> None:
         sys.exit(KEYBOARD_INTERRUPT)
 
 
-def _end_with_launcher() -> None:
-    """Let Linux kill this rank when its launcher is killed; it would train on, and write beside its successor."""
+def end_with_parent() -> None:
+    """Let Linux kill this process when its parent is killed; a rank would train on, and write beside its successor."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

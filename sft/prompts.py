@@ -17,6 +17,8 @@ PROMPT_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+# Who speaks in a conversation of several turns, at the beginning of a line.
+HUMAN, ASSISTANT = "Human:", "Assistant:"
 # A reply that runs into one of these has begun to write the next turn by itself.
 STOP_MARKERS = ("\n### Instruction", "\nHuman:")
 
@@ -26,6 +28,21 @@ def build_prompt(instruction: str, input: str = "") -> str:
     if input:
         return PROMPT_INPUT.format(instruction=instruction, input=input)
     return PROMPT_NO_INPUT.format(instruction=instruction)
+
+
+def split_prompt(instruction: str, input: str = "") -> list[str]:
+    """Return `build_prompt(instruction, input)` in parts: the template's own text and, between, the user's.
+
+    The user's parts, every second one, begin with one line end and end with two, so that each part meets the next
+    between ":" and a line end or between a line end and "#".
+    """
+    if not input:
+        return [_BEFORE, f"\n{instruction}\n\n", _RESPONSE]
+    return [_BEFORE_INPUT, f"\n{instruction}\n\n", _INPUT, f"\n{input}\n\n", _RESPONSE]
+
+
+_BEFORE, _RESPONSE = PROMPT_NO_INPUT.split("\n{instruction}\n\n")
+_BEFORE_INPUT, _INPUT = PROMPT_INPUT.split("\n{input}\n\n")[0].split("\n{instruction}\n\n")
 
 
 def body_spans(instruction: str, input: str = "") -> list[tuple[int, int]]:
@@ -50,11 +67,24 @@ def build_chat_prompt(messages: Sequence[dict[str, str]]) -> str:
     "user" last. Raises ValueError on any other order.
     """
     system, turns = split_system(messages)
-    if len(turns) == 1:
-        return build_prompt(system + turns[0]["content"])
-    names = {"user": "Human:", "assistant": "Assistant:"}
-    history = "".join(f"{names[turn['role']]}{turn['content']}\n" for turn in turns)
-    return build_prompt(f"{system}{history}Assistant:")
+    contents = [turn["content"] for turn in turns]
+    return build_prompt(chat_instruction(system, [*zip(contents[:-1:2], contents[1::2], strict=True)], contents[-1]))
+
+
+def chat_instruction(system: str, history: Sequence[tuple[str, str]], question: str) -> str:
+    """Return what a conversation puts in the place of the instruction: the questions and replies so far, one question.
+
+    Without history that is the question; `system` comes first as it is.
+    """
+    if not history:
+        return system + question
+    return f"{system}{''.join(map(write_turn, history))}{HUMAN}{question}\n{ASSISTANT}"
+
+
+def write_turn(turn: tuple[str, str]) -> str:
+    """Return a question and its reply as they stand in the history of a conversation."""
+    question, reply = turn
+    return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n"
 
 
 def split_system(messages: Sequence[dict[str, str]]) -> tuple[str, Sequence[dict[str, str]]]:

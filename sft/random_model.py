@@ -23,7 +23,8 @@ from transformers import (
 
 from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import build_prompt
-from sft.shards import find_shards, read_rows
+from sft.rows import read_rows
+from sft.shards import find_shards
 
 BLOOM_SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 FALCON_SPECIAL_TOKENS = [

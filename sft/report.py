@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import groupby
@@ -13,10 +14,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from sft import zero
-from sft.dataset import DataReport
+from sft.dataset import DataReport, labels_of
 from sft.loss import IGNORE_INDEX
 from sft.packing import PackedDataset, examples_of
+from sft.shards import NUM_NAMED, size_of
+from sft.streaming import StreamedRows
 
+NOTES = "data_report.jsonl"  # in the output folder
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "datasets")
 BASE_LICENCES = {
     "bloom": "BLOOM is under the BigScience RAIL licence 1.0, whose restrictions of use pass on to this model.",
@@ -56,20 +60,37 @@ The data's own licence applies to it and may apply to what is trained on it; Bel
 """
 
 
-def data_line(report: DataReport) -> str:
-    """Return rows read, kept, cut and dropped, and their tokens, as one line."""
+def data_line(report: DataReport | StreamedRows) -> str:
+    """Return rows read, kept, cut and refused, and their tokens, as one line."""
+    if isinstance(report, StreamedRows):
+        return f"{report.num_rows:,} rows read while training, {report.num_refused:,} refused"
+    counts = report.counts
+    duplicates = f", {len(report.duplicates):,} duplicates" if len(report.duplicates) else ""
     return (
-        f"{report.rows:,} rows read: {report.kept:,} kept ({len(report.cut):,} of them cut), "
-        f"{len(report.dropped):,} dropped; {report.tokens:,} tokens, {report.labelled_tokens:,} of them trained; "
+        f"{counts.rows:,} rows read: {report.kept:,} kept ({counts.cut:,} of them cut), {counts.refused:,} refused"
+        f"{duplicates}; {report.tokens:,} tokens, {report.labelled_tokens:,} of them trained; "
         f"longest {report.longest:,}"
     )
 
 
+def print_data(name: str, report: DataReport) -> None:
+    """Print what became of the rows, the shapes and encodings they were read in, and the first that were refused."""
+    print(f"{name:9}{data_line(report)}")
+    files = Counter((file["shape"], file["form"], file["encoding"]) for file in report.counts.files)
+    for (shape, form, encoding), number in files.most_common(NUM_NAMED):
+        notice = "" if encoding == "utf-8" else f", read as {encoding}, not as UTF-8"
+        print(f"{'shape':9}{shape} in {number:,} {'file' if number == 1 else 'files'} ({form}{notice})")
+    for entry in report.refused(NUM_NAMED):
+        print(f"{'refused':9}{entry['place']}: {entry['note'].removeprefix('refused: ')}")
+    if (left := report.counts.refused - NUM_NAMED) > 0:
+        print(f"{'refused':9}{left:,} more")
+
+
 def write_data_report(reports: Iterable[DataReport], path: Path) -> None:
-    """Write one JSON line for every row that was cut or dropped: its file and line, and what was done and why."""
-    entries = [entry for report in reports for entry in (*report.dropped, *report.cut)]
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    path.write_text("".join(lines), encoding="utf-8")
+    """Write one JSON line for every row that was refused, cut or a duplicate: its file and line, and why."""
+    with path.open("w", encoding="utf-8") as lines:
+        for report in reports:
+            lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in report.entries())
 
 
 def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_characters: int = 1000) -> str:
@@ -78,7 +99,7 @@ def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_charac
     Of a longer text the middle is left out.
     """
     text = ""
-    tokens = zip(example["input_ids"], example["labels"], strict=True)
+    tokens = zip(example["input_ids"], labels_of(example), strict=True)
     for trained, run in groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
         piece = tokenizer.decode([token_id for token_id, _ in run])
         text += f"⟦{piece}⟧" if trained else piece
@@ -89,16 +110,28 @@ def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_charac
     return f"{text[:half]} ... [{left_out:,} characters] ... {text[-half:]}"
 
 
-def count_steps(args: TrainingArguments, num_examples: int) -> tuple[int, float]:
-    """Return how many optimizer steps a run makes, and how many epochs they are."""
-    batches = math.ceil(num_examples / (args.train_batch_size * args.world_size))
+def count_steps(args: TrainingArguments, rows: Sequence | StreamedRows) -> tuple[int, float]:
+    """Return how many optimizer steps a run makes, and how many epochs they are; a stream has one."""
+    if isinstance(rows, StreamedRows):
+        return args.max_steps, 1.0
+    batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     return num_steps, num_steps / steps_per_epoch
 
 
-def rows_line(rows: Sequence, max_length: int) -> str:
+def examples_line(rows: Sequence | StreamedRows) -> str:
+    """Return how many rows of the data are trained on."""
+    if isinstance(rows, StreamedRows):
+        num_bytes = sum(map(size_of, rows.files))
+        return f"streamed from {len(rows.files):,} files of {gib(num_bytes)}"
+    return f"{len(examples_of(rows)):,} trained on"
+
+
+def rows_line(rows: Sequence | StreamedRows, max_length: int) -> str:
     """Return how examples share the rows that the model trains on."""
+    if isinstance(rows, StreamedRows) and rows.packing:
+        return f"packed of up to {max_length:,} tokens while training"
     if not isinstance(rows, PackedDataset):
         return "each batch of examples is one row, end to end, without padding"
     return (
@@ -107,10 +140,13 @@ def rows_line(rows: Sequence, max_length: int) -> str:
     )
 
 
-def steps_line(args: TrainingArguments, rows: Sequence) -> str:
+def steps_line(args: TrainingArguments, rows: Sequence | StreamedRows) -> str:
     """Return the arithmetic of a run: examples per step, steps, epochs, learning rate."""
-    num_steps, num_epochs = count_steps(args, len(rows))
+    num_steps, num_epochs = count_steps(args, rows)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(rows, StreamedRows):
+        what = "packed rows" if rows.packing else "examples"
+        return f"{rows_a_step} {what} a step; {num_steps:,} steps; learning rate {args.learning_rate:g}"
     examples_a_row = len(examples_of(rows)) / len(rows)
     packed = isinstance(rows, PackedDataset)
     return (
@@ -174,7 +210,7 @@ def plot_losses(log_history: Sequence[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def model_card(base: str, data: str, report: DataReport, trainer: Trainer) -> str:
+def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer: Trainer) -> str:
     """Return the README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
     args, log_history = trainer.args, trainer.state.log_history
     results = [

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from sft.checkpoint import MARKER, can_go_on, complete_steps, fault_of, folders_in, step_of
+from sft.dataset import lengths_of
 from sft.packing import PackedDataset, examples_of
 from sft.program import UserError
+from sft.store import fingerprint
+from sft.streaming import StreamedRows
 
 NUM_HASHED = 1000  # examples whose tokens tell the data of two runs apart, beside the lengths of all
 SETTINGS_BY_FLAG = (
@@ -34,25 +38,32 @@ SETTINGS_BY_FLAG = (
 )
 
 
-def settings_of(args: TrainingArguments, rows: Sequence, zero_stage: int, num_parameters: int) -> dict[str, object]:
+def settings_of(
+    args: TrainingArguments, rows: Sequence | StreamedRows, zero_stage: int, num_parameters: int
+) -> dict[str, object]:
     """Return what must be the same, by name, for a run to go on exactly from another's checkpoint.
 
     Without DeepSpeed another number of processes may go on, with as many rows a step.
     """
-    examples = examples_of(rows)
-    lengths = examples.with_format("numpy")["length"][:]
-    some = examples[np.linspace(0, len(examples) - 1, NUM_HASHED).astype(int).tolist()]
-    content = lengths.tobytes() + json.dumps([some["input_ids"], some["labels"]]).encode()
+    if isinstance(rows, StreamedRows):
+        content = fingerprint(rows.files, rows.encoder.tokenizer).encode()
+    else:
+        content = _content_of(examples_of(rows))
     flags = {f"--{name}": getattr(args, name) for name in SETTINGS_BY_FLAG}
     return {
         "parameters": num_parameters,
         "the examples' hash": hashlib.sha256(content).hexdigest()[:16],
-        "--packing": isinstance(rows, PackedDataset),
+        "--packing": getattr(rows, "packing", isinstance(rows, PackedDataset)),
         "ZERO_STAGE": zero_stage,
         **({"processes": args.world_size} if zero_stage else {}),
         "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: getattr(value, "value", value) for name, value in flags.items()},
     }
+
+
+def _content_of(examples: Dataset) -> bytes:
+    some = examples[np.linspace(0, len(examples) - 1, NUM_HASHED).astype(int).tolist()]
+    return lengths_of(examples).tobytes() + json.dumps([some["input_ids"], some["lengths"]]).encode()
 
 
 def check_settings(folder: Path, settings: dict[str, object]) -> None:

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from sft.loss import IGNORE_INDEX
-
 # One token without a label: it runs the model and adds nothing to loss and gradients.
-EMPTY_ROW = {"input_ids": [0], "labels": [IGNORE_INDEX]}
+EMPTY_ROW = {"input_ids": [0], "lengths": [1, 0]}
 
 
 class EvenRows(Dataset):

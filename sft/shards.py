@@ -1,109 +1,259 @@
-"""Shards: the files that hold instruction rows, found and read one row at a time."""
+"""Shards: the files that hold rows, found, and read a block of rows at a time, whatever their form and encoding."""
 
+import codecs
+import gzip
+import io
 import json
-from codecs import BOM_UTF8
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import parquet
+
+from sft.json_text import (
+    DECODER,
+    MAX_ROW_BYTES,
+    READ_ERRORS,
+    BrokenError,
+    guess_encoding,
+    read_some,
+    reason_of,
+    spans_lines,
+    values_of,
+)
 from sft.program import UserError, one_line
 
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
+BLOCK_ROWS = 1000  # enough for a batched tokenizer, few enough to lie in memory many times over
+BLOCK_BYTES = 4 * 2**20
+NUM_NAMED = 20  # refused rows that are printed; all are in a run's data_report.jsonl
+FAULTS = (BrokenError, pa.ArrowException, *READ_ERRORS)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One instruction row and the place it was read from, "file:line" or "file[index]"."""
+class Refused:
+    """What is not trained on, a row or the rest of a file, and why; `num_bytes` of the file are left unread."""
 
-    instruction: str
-    input: str
-    output: str
     place: str
+    reason: str
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a shard as they lie in it, and the fault, if any, behind which the shard cannot be read."""
+
+    shard: Path
+    form: str  # "lines", "array", "objects" or "parquet"
+    encoding: str
+    start: int  # the line of the first row, or its index
+    rows: list[bytes | None] | list[object] | pa.RecordBatch  # a line that is too long is None
+    position: int  # bytes of the shard read by now
+    fault: Refused | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
-    """Return the .json and .jsonl files at `path`, a file or a folder, sorted by name; hidden ones are ignored.
+    """Return the shards at `path`, a file or a folder with all below it, sorted; hidden files and folders are ignored.
 
-    Raises UserError, naming the `flag` that gave the path, if there is nothing there or no such file.
+    Folders that cannot be listed are among them, for their fault to be told. Raises UserError, naming the `flag` that
+    gave the path, if there is nothing there or no shard.
     """
     root = Path(path)
     if not root.exists():
         raise UserError(
-            f"{flag} {path} does not exist; expected a .json or .jsonl file or a folder of them; "
+            f"{flag} {path} does not exist; expected a file of rows or a folder of them; "
             "run data_proj/process_data.ipynb to make data_proj/opendata, or try data_proj/sample"
         )
-    if root.is_file():
+    if not root.is_dir():
         return [root]
-    shards = [
-        file
-        for file in sorted(root.rglob("*"))
-        if file.is_file()
-        and file.suffix in {".json", ".jsonl"}
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    ]
+    shards = sorted(_walk(root))
     if not shards:
         raise UserError(
-            f"{flag} {path} holds no .json or .jsonl file; expected shards of rows {SHAPE}; "
+            f"{flag} {path} holds no {', '.join(SUFFIXES)} file; expected shards of rows such as {SHAPE}; "
             "run data_proj/process_data.ipynb, or try data_proj/sample"
         )
     return shards
 
 
-def read_rows(shard: Path) -> Iterator[Row]:
-    """Yield the rows of a shard, JSON Lines or one JSON array, told apart by the first character.
-
-    A missing or null input is "". Raises UserError with file and line if the file is not UTF-8 or not JSON, or a
-    row is not an object with an instruction and an output that are strings.
-    """
-    with shard.open("rb") as file:
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
-        start = file.tell()
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-        file.seek(start)
-        if first == b"[":
-            for index, record in enumerate(_parse(file.read(), shard, 1)):
-                yield _row(record, f"{shard}[{index}]")
-        else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _row(_parse(line.rstrip(), shard, number), f"{shard}:{number}")
+def _walk(root: Path) -> Iterator[Path]:
+    unlisted: list[OSError] = []
+    visited = set()  # links may lead back to a folder above them
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unlisted.append):
+        state = Path(folder).stat()
+        if (state.st_dev, state.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((state.st_dev, state.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(folder, name)
+    yield from (Path(error.filename) for error in unlisted)
 
 
-def _parse(content: bytes, shard: Path, number: int) -> object:
-    """Parse JSON that begins at line `number` of a shard."""
+def size_of(shard: Path) -> int:
+    """Return the bytes of a shard, 0 if it is no file or cannot be looked at."""
     try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = number + content.count(b"\n", 0, error.start)
-        raise UserError(f"{shard}:{line} is not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        line = number + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
-        raise UserError(
-            f"{shard}:{line} is not JSON ({one_line(error)}); expected one row a line, {SHAPE}, or one JSON array of "
-            "rows; mend or remove it"
-        ) from None
+        state = shard.stat()
+    except OSError:
+        return 0
+    return state.st_size if stat.S_ISREG(state.st_mode) else 0
 
 
-def _row(record: object, place: str) -> Row:
-    if not isinstance(record, dict):
-        raise UserError(f"{place} is a JSON {type(record).__name__}; expected a row {SHAPE}")
-    for field in ("instruction", "output"):
-        if field not in record:
-            raise UserError(
-                f'{place} has no "{field}", only {sorted(record)}; expected a row {SHAPE}; rename the fields'
-            )
-    fields = {field: record.get(field) for field in ("instruction", "input", "output")}
-    fields["input"] = "" if fields["input"] is None else fields["input"]
-    for field, value in fields.items():
-        if not isinstance(value, str):
-            raise UserError(f'{place}: "{field}" is {value!r:.60}; expected a string, as in {SHAPE}')
+def place_of(shard: Path, form: str, number: int) -> str:
+    """Return where a row stands, "file:line" or "file[index]", in characters that can be printed."""
+    where = f":{number}" if form == "lines" else f"[{number}]"
+    return str(shard).encode("utf-8", "backslashreplace").decode() + where
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_blocks(shard: Path) -> Iterator[Block]:
+    """Yield the rows of a shard, block by block; memory does not grow with the shard.
+
+    Its form is told by its content: Parquet, one JSON array, JSON objects over several lines, else JSON Lines, the
+    latter three also compressed by gzip. Text is UTF-8, with or without a mark, UTF-16 with one, or GB18030. A file
+    that breaks off ends with a block that says so.
+    """
+    start, position, form = 0, 0, "lines"
+    try:
+        if not stat.S_ISREG(shard.stat().st_mode):
+            raise BrokenError("not a file" if not shard.is_dir() else "a folder that cannot be listed")
+        with shard.open("rb") as raw:
+            magic = raw.read(4)
+            raw.seek(0)
+            if magic == b"PAR1":
+                yield from _parquet_blocks(shard)
+                return
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if magic[:2] == b"\x1f\x8b" else raw
+            form, encoding = _look_into(stream)
+            rows = _rows_of(stream, form, encoding)
+            start = int(form == "lines")
+            for block in _blocks(shard, form, encoding, start, rows, raw):
+                start, position = block.start + len(block.rows), block.position
+                yield block
+    except FAULTS as error:
+        reason = str(error) if isinstance(error, BrokenError) else f"cannot be read ({one_line(error)})"
+        size = size_of(shard)
+        fault = Refused(place_of(shard, form, start), reason, max(0, size - position))
+        yield Block(shard, form, "utf-8", start, [], size, fault)
+
+
+def _blocks(
+    shard: Path, form: str, encoding: str, start: int, rows: Iterator, raw: io.BufferedReader
+) -> Iterator[Block]:
+    """Put rows, each with its size, into blocks; the block in which reading breaks off carries the fault."""
+    size = os.fstat(raw.fileno()).st_size
+    block, num_bytes, fault = [], 0, None
+    while True:
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f'{place}: "{field}" holds half a character ({value[error.start]!r}, a lone surrogate); remove it'
-            ) from None
-    return Row(**fields, place=place)
+            row, row_bytes = next(rows, (END, 0))
+        except FAULTS as error:
+            row, row_bytes = END, 0
+            unread = max(0, size - raw.tell()) + getattr(error, "num_characters", 0)
+            reason = str(error) if isinstance(error, BrokenError) else f"cannot be read on ({one_line(error)})"
+            fault = Refused(place_of(shard, form, start + len(block)), f"the file breaks off: {reason}", unread)
+        if row is not END:
+            block.append(row)
+            num_bytes += row_bytes
+        if block and (row is END or len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES) or fault:
+            yield Block(shard, form, encoding, start, block, raw.tell(), fault)
+            start, block, num_bytes = start + len(block), [], 0
+        if row is END:
+            return
+
+
+END = object()
+
+
+def _look_into(stream: io.BufferedIOBase) -> tuple[str, str]:
+    """Return the form and encoding of a text file, and leave it at its first byte behind the mark, if any."""
+    head = read_some(stream)
+    marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+    mark = next((mark for mark in marks if head.startswith(mark)), b"")
+    encoding = marks[mark] if mark else guess_encoding(stream, head)
+    stream.seek(len(mark))
+    text = head[len(mark) :].decode(encoding, "replace").lstrip(" \t\r\n")
+    form = "array" if text.startswith("[") else "objects" if spans_lines(text) else "lines"
+    return form, encoding
+
+
+def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
+    """Yield the rows of a text file, lines as bytes of UTF-8 or GB18030, others decoded, each with its size."""
+    if form != "lines":
+        return values_of(stream, form, encoding)
+    return _utf16_lines(stream, encoding) if encoding.startswith("utf-16") else _lines(stream)
+
+
+def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[bytes | None, int]]:
+    while line := stream.readline(MAX_ROW_BYTES):
+        if len(line) < MAX_ROW_BYTES or line.endswith(b"\n"):
+            yield line, len(line)
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_ROW_BYTES)
+        yield None, MAX_ROW_BYTES
+
+
+def _utf16_lines(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[bytes | None, int]]:
+    text = io.TextIOWrapper(stream, encoding, "surrogatepass", newline="\n")
+    try:
+        while line := text.readline(MAX_ROW_BYTES):
+            yield line.encode("utf-8", "surrogatepass"), len(line)
+    finally:
+        text.detach()  # or it would close the stream
+
+
+def _parquet_blocks(shard: Path) -> Iterator[Block]:
+    start, size = 0, shard.stat().st_size
+    with parquet.ParquetFile(shard, memory_map=True) as file:
+        num_rows = file.metadata.num_rows
+        for batch in file.iter_batches(BLOCK_ROWS):
+            position = size * (start + len(batch)) // num_rows
+            yield Block(shard, "parquet", "utf-8", start, batch, position)
+            start += len(batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def records_of(block: Block) -> Iterator[tuple[int, object]]:
+    """Yield each row of a block as (line or index, its value or a Refused); blank lines are no rows."""
+    if block.form == "parquet":
+        yield from _parquet_records(block)
+        return
+    for number, row in enumerate(block.rows, block.start):
+        if block.form != "lines":
+            yield number, row
+        elif row is None:
+            place = place_of(block.shard, block.form, number)
+            yield number, Refused(place, f"over {MAX_ROW_BYTES // 2**20} MiB long, too long for a row")
+        elif row.strip():
+            yield number, _parse_line(row, block, number)
+
+
+def _parse_line(line: bytes, block: Block, number: int) -> object:
+    try:
+        return DECODER.decode(
+            line.decode(block.encoding if block.encoding == "gb18030" else "utf-8", "surrogateescape")
+        )
+    except (ValueError, RecursionError) as error:
+        where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        return Refused(place_of(block.shard, block.form, number), f"not JSON ({reason_of(error)}{where})")
+
+
+def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
+    for number in range(len(block.rows)):
+        try:
+            yield block.start + number, block.rows.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            place = place_of(block.shard, block.form, block.start + number)
+            yield block.start + number, Refused(place, "holds bytes that are not UTF-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import gather_object
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -40,7 +40,10 @@ class Trainer(transformers.Trainer):
     # ----------------------------------------------------------------------------------------------------------- rows
 
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, *args, **kwargs):
-        """Return the batches of rows filled up with empty ones, as many on each rank."""
+        """Return the batches of rows filled up with empty ones, as many on each rank, or those of its own stream."""
+        if isinstance(dataset, IterableDataset):
+            # Not by accelerate: it would read a stream on one rank, and cut the flat rows up for the others.
+            return DataLoader(dataset, batch_size, collate_fn=self.data_collator)
         return super()._get_dataloader(
             EvenRows(dataset, batch_size * self.args.world_size), description, batch_size, *args, **kwargs
         )

@@ -1,0 +1,166 @@
+"""JSON out of a stream of bytes in any encoding, one value at a time, however many there are."""
+
+import codecs
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+
+from sft.program import one_line
+
+SAMPLE_BYTES = 256 * 2**10  # of a file, to tell its encoding, and read at a time
+MAX_ROW_BYTES = 64 * 2**20
+# What reading a broken file raises: gzip, zlib, UTF-16.
+READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
+WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
+
+
+class BrokenError(Exception):
+    """A file behind some row is not what it was before it."""
+
+    def __init__(self, reason: str, num_characters: int = 0):
+        """Say what is wrong, before so many characters that were decoded and are not understood."""
+        super().__init__(reason)
+        self.num_characters = num_characters
+
+
+class RepeatedKeys(dict):
+    """A JSON object in which a key stands twice, so that one of its values would be lost."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    return record if len(record) == len(pairs) else RepeatedKeys(record)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4300 else float(digits)  # above, Python refuses
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+
+
+class _Text:
+    """A text that is decoded piece by piece, and the place in it up to which it is understood."""
+
+    def __init__(self, stream: io.BufferedIOBase, encoding: str):
+        errors = "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
+        self.stream, self.decoder = stream, codecs.getincrementaldecoder(encoding)(errors)
+        self.text, self.position, self.at_end = "", 0, False
+
+    def more(self) -> bool:
+        """Read as much again as is not understood yet, so that a long value is tried few times."""
+        pieces, wanted = [self.text[self.position :]], max(SAMPLE_BYTES, len(self.text) - self.position)
+        try:
+            while wanted > 0 and not self.at_end:
+                data = self.stream.read1(SAMPLE_BYTES)
+                self.at_end = not data
+                pieces.append(self.decoder.decode(data, final=self.at_end))
+                wanted -= len(pieces[-1])
+        finally:  # what came before a fault is not lost
+            self.text, self.position = "".join(pieces), 0
+        return len(self.text) > len(pieces[0])
+
+    def peek(self) -> str:
+        """Return the next character that is no space, "" at the end."""
+        while True:
+            self.position = WHITESPACE.match(self.text, self.position).end()
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.more():
+                return ""
+
+    def value(self) -> tuple[object, int]:
+        """Return the next JSON value and its size; raise BrokenError if there is none."""
+        self.peek()
+        while True:
+            start = self.position
+            try:
+                value, end = DECODER.raw_decode(self.text, start)
+                if end < len(self.text) or not self.more():  # a number at the end may go on
+                    self.position += end - start
+                    return value, end - start
+            except RecursionError:
+                raise self.broken("an element is nested too deeply") from None
+            except ValueError as error:
+                if len(self.text) - start > MAX_ROW_BYTES or not self.more():
+                    raise self.broken(f"not JSON from here on ({reason_of(error)})") from None
+
+    def broken(self, reason: str) -> BrokenError:
+        """Return the fault that stands here."""
+        return BrokenError(reason, len(self.text) - self.position)
+
+
+def values_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
+    """Yield the elements of a JSON array, or JSON objects that follow one another, one at a time."""
+    text = _Text(stream, encoding)
+    if form == "objects":
+        while text.peek():
+            yield text.value()
+        return
+    assert text.peek() == "[", text.peek()
+    text.position += 1
+    if text.peek() != "]":
+        yield text.value()
+    while text.peek() == ",":
+        text.position += 1
+        yield text.value()
+    if text.peek() != "]":
+        raise text.broken("expected , or ] behind an element")
+    text.position += 1
+    if text.peek():
+        raise text.broken("something stands behind the closing ]")
+
+
+def spans_lines(text: str) -> bool:
+    """Tell whether a text begins with a JSON object of more than one line."""
+    line = text.partition("\n")[0]
+    if not line.startswith("{") or _is_json(line):
+        return False
+    try:
+        return isinstance(DECODER.raw_decode(text)[0], dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_some(stream: io.BufferedIOBase) -> bytes:
+    """Return the next bytes of a stream, none where it breaks off."""
+    try:
+        return stream.read1(SAMPLE_BYTES)
+    except READ_ERRORS:
+        return b""
+
+
+def guess_encoding(stream: io.BufferedIOBase, sample: bytes) -> str:
+    """Return "gb18030" if the text from its first byte beyond ASCII on is that rather than UTF-8.
+
+    A UTF-8 file with a few broken bytes is still UTF-8, though GB18030 might decode it, into nonsense.
+    """
+    while sample.isascii():
+        sample = read_some(stream)
+        if not sample:
+            return "utf-8"
+    sample = sample[re.search(rb"[\x80-\xff]", sample).start() :] + read_some(stream)
+    text = sample.decode("utf-8", "surrogateescape")
+    num_broken = len(re.findall("[\udc80-\udcff]", text))
+    if num_broken <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
+        return "utf-8"
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(sample)
+    except UnicodeDecodeError:
+        return "utf-8"
+    return "gb18030"
+
+
+def reason_of(error: Exception) -> str:
+    """Return what is wrong, without the line and column of the text that happened to be decoded."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
