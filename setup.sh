@@ -8,11 +8,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 for path in sys.argv[1:]:
     for line in open(path, encoding="utf-8"):
-        name, _, pinned = line.split("#")[0].strip().partition("==")
+        requirement, _, some_machines = line.split("#")[0].partition(";")
+        name, _, pinned = requirement.strip().partition("==")
         try:
             met = not pinned or version(name).split("+")[0] == pinned  # +cpu and the like name a build
         except PackageNotFoundError:
-            met = False
+            met = bool(some_machines)
         if not met:
             sys.exit(1)
 print(sys.executable)

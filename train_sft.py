@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -232,7 +233,8 @@ def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, rep
     paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
     for name, data_report in reports.items():
         if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
-            disk.give_back(training_args.output_dir)
+            if training_args.process_index == 0:  # the sign may be another run's where that one could not claim
+                disk.give_back(training_args.output_dir)
             raise UserError(f"{' '.join(paths[name])} {wrong}; {notes} lists what was refused")
 
 
@@ -241,8 +243,9 @@ def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Da
     if len(examples) < 2:
         raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
     num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    split = examples.train_test_split(num_held_out, seed=seed, keep_in_memory=True)
-    return split["train"], split["test"]
+    order = np.random.default_rng(seed).permutation(len(examples))
+    parts = (order[num_held_out:], order[:num_held_out])
+    return tuple(examples.select(part, keep_in_memory=True) for part in parts)
 
 
 def stream_rows(
@@ -323,7 +326,8 @@ def main() -> None:
     tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
     train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
     if data_args.check_data:
-        disk.give_back(training_args.output_dir)
+        if training_args.process_index == 0:
+            disk.give_back(training_args.output_dir)
         return
     settings, resumed = prepare_run(training_args, config, train_dataset)
     zero.size_buffers(training_args, config)

@@ -29,7 +29,7 @@ from transformers import (
 
 from benchmarks import measure
 from sft import flat_row
-from sft.dataset import flatten, load_examples
+from sft.dataset import flatten, labels_of, load_examples
 from sft.loss import IGNORE_INDEX
 from sft.models import load_tokenizer
 from sft.packing import PackedDataset
@@ -108,12 +108,26 @@ def make_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def one_reply_a_row(rows: dict[str, list]) -> dict[str, list]:
+    """Return the examples of some rows each alone, as all ways can train on them, with the labels that others need."""
+    columns = {"input_ids": [], "lengths": [], "length": [], "labels": []}
+    for input_ids, lengths in zip(rows["input_ids"], rows["lengths"], strict=True):
+        start = 0
+        for prompt, answer in zip(lengths[::2], lengths[1::2], strict=True):
+            row = {"input_ids": input_ids[start : start + prompt + answer], "lengths": [prompt, answer]}
+            row |= {"length": prompt + answer, "labels": labels_of(row)}
+            for name, column in columns.items():
+                column.append(row[name])
+            start += prompt + answer
+    return columns
+
+
 def make_trainer(
     way: Way, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> Trainer:
     """Return the Trainer of a way to train; all have the same optimizer, learning rate and order of rows."""
-    examples, _ = load_examples(options.data, tokenizer)
-    examples = examples.select_columns(["input_ids", "labels", "length"])
+    rows, _ = load_examples(options.data, tokenizer)
+    examples = rows.map(one_reply_a_row, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": options.warmup + options.steps,
@@ -144,7 +158,7 @@ def make_trainer(
     collate = flatten if way.ours or way.packed else pad
     arguments = TrainingArguments(**settings, remove_unused_columns=False)
     if not way.packed:
-        rows = rows.select_columns(["input_ids", "labels"])
+        rows = rows.select_columns(["input_ids", "lengths" if way.ours else "labels"])
     return Trainer(model=model, args=arguments, data_collator=collate, train_dataset=rows)
 
 

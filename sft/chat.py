@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 
 from sft.models import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program
-from sft.prompts import STOP_MARKERS, build_chat_prompt, build_prompt
+from sft.prompts import STOP_MARKERS, build_chat_prompt
 from sft.rows import read_rows
 from sft.shards import find_shards
 
@@ -228,7 +228,7 @@ def recall(chat: ChatModel, data: str, number: int) -> int:
         row = next(read_rows(shard))
         print(f"\n问 | {row.instruction.strip()}" + (f"\n   | {row.input}" if row.input else ""))
         print("答 | ", end="", flush=True)
-        reply = chat.stream(build_prompt(row.instruction, row.input))
+        reply = chat.stream(row.prompt)
         pieces = []
         for piece in reply:
             pieces.append(piece)

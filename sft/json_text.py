@@ -19,10 +19,10 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
 class BrokenError(Exception):
     """A file behind some row is not what it was before it."""
 
-    def __init__(self, reason: str, num_characters: int = 0):
-        """Say what is wrong, before so many characters that were decoded and are not understood."""
+    def __init__(self, reason: str, num_bytes: int = 0):
+        """Say what is wrong, before so many bytes that were decoded and are not understood."""
         super().__init__(reason)
-        self.num_characters = num_characters
+        self.num_bytes = num_bytes
 
 
 class RepeatedKeys(dict):
@@ -45,9 +45,10 @@ class _Text:
     """A text that is decoded piece by piece, and the place in it up to which it is understood."""
 
     def __init__(self, stream: io.BufferedIOBase, encoding: str):
-        errors = "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
-        self.stream, self.decoder = stream, codecs.getincrementaldecoder(encoding)(errors)
+        self.encoding, self.errors = encoding, "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
+        self.stream, self.decoder = stream, codecs.getincrementaldecoder(encoding)(self.errors)
         self.text, self.position, self.at_end = "", 0, False
+        self.fault: Exception | None = None  # of the stream, told when what came before it is understood
 
     def more(self) -> bool:
         """Read as much again as is not understood yet, so that a long value is tried few times."""
@@ -58,8 +59,11 @@ class _Text:
                 self.at_end = not data
                 pieces.append(self.decoder.decode(data, final=self.at_end))
                 wanted -= len(pieces[-1])
-        finally:  # what came before a fault is not lost
-            self.text, self.position = "".join(pieces), 0
+        except READ_ERRORS as error:
+            self.fault, self.at_end = error, True
+        self.text, self.position = "".join(pieces), 0
+        if self.fault and len(self.text) == len(pieces[0]):
+            raise self.broken(f"cannot be read on ({one_line(self.fault)})")
         return len(self.text) > len(pieces[0])
 
     def peek(self) -> str:
@@ -78,7 +82,7 @@ class _Text:
             start = self.position
             try:
                 value, end = DECODER.raw_decode(self.text, start)
-                if end < len(self.text) or not self.more():  # a number at the end may go on
+                if end < len(self.text) or not isinstance(value, int | float) or not self.more():  # it may go on
                     self.position += end - start
                     return value, end - start
             except RecursionError:
@@ -89,7 +93,7 @@ class _Text:
 
     def broken(self, reason: str) -> BrokenError:
         """Return the fault that stands here."""
-        return BrokenError(reason, len(self.text) - self.position)
+        return BrokenError(reason, len(self.text[self.position :].encode(self.encoding, self.errors)))
 
 
 def values_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
@@ -114,14 +118,15 @@ def values_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[t
 
 
 def spans_lines(text: str) -> bool:
-    """Tell whether a text begins with a JSON object of more than one line."""
+    """Tell whether a text begins with a JSON object of more than one line, or with several on one line."""
     line = text.partition("\n")[0]
     if not line.startswith("{") or _is_json(line):
         return False
     try:
-        return isinstance(DECODER.raw_decode(text)[0], dict)
+        _, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return False
+    return end > len(line) or line[end:].lstrip().startswith("{")  # anything else behind it spoils this line alone
 
 
 def _is_json(text: str) -> bool:
@@ -133,11 +138,15 @@ def _is_json(text: str) -> bool:
 
 
 def read_some(stream: io.BufferedIOBase) -> bytes:
-    """Return the next bytes of a stream, none where it breaks off."""
+    """Return the next bytes of a stream, as many as are sampled if there are, none where it breaks off."""
+    pieces, wanted = [], SAMPLE_BYTES
     try:
-        return stream.read1(SAMPLE_BYTES)
+        while wanted > 0 and (data := stream.read1(wanted)):
+            pieces.append(data)
+            wanted -= len(data)
     except READ_ERRORS:
-        return b""
+        pass  # who reads on meets it again
+    return b"".join(pieces)
 
 
 def guess_encoding(stream: io.BufferedIOBase, sample: bytes) -> str:

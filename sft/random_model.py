@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from sft.program import ArgumentParser, UserError, run_program
-from sft.prompts import build_prompt
 from sft.rows import read_rows
 from sft.shards import find_shards
 
@@ -163,7 +162,7 @@ def read_texts(path: str) -> Iterator[str]:
     """Yield the prompts and answers of the rows at `path`, to train a vocabulary on."""
     for shard in find_shards(path):
         for row in read_rows(shard):
-            yield build_prompt(row.instruction, row.input)
+            yield row.prompt
             yield row.output
 
 

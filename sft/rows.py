@@ -1,18 +1,19 @@
 """Rows: what is asked and answered, taken out of the values that shards hold, in any of the common shapes."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from reprlib import Repr
 
 from sft.json_text import RepeatedKeys
 from sft.program import UserError
-from sft.prompts import ASSISTANT, HUMAN
+from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 from sft.shards import SHAPE, Block, Refused, place_of, read_blocks, records_of
 
-NUM_SAMPLED = 100  # rows at the beginning of a file that tell its shape
+NUM_SAMPLED = 100  # rows with a shape, at the beginning of a file, that tell its own
 MAX_CHARACTERS = 1_000_000  # of a prompt or an answer, some hundred times what a model reads
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
 ROLES = {
@@ -40,6 +41,11 @@ class Row:
     system: str = ""
     note: str = ""
 
+    @property
+    def prompt(self) -> str:
+        """Return the prompt of the last reply."""
+        return build_prompt(chat_instruction(self.system, self.history, self.instruction), self.input)
+
 
 class _RefusedError(Exception):
     """A value is no row; the message says why."""
@@ -60,6 +66,11 @@ class Pair:
     def name(self) -> str:
         """Return the keys."""
         return "/".join(filter(None, (self.instruction, self.input, self.output)))
+
+    @property
+    def keys(self) -> set[str]:
+        """Return the keys of a record that are read."""
+        return set(filter(None, (self.instruction, self.input, self.output)))
 
     def fits(self, record: dict) -> bool:
         """Tell whether a record has the keys that no row can do without."""
@@ -98,6 +109,11 @@ class Turns:
         """Return the keys."""
         return f"{self.turns} of {self.role}/{self.content}"
 
+    @property
+    def keys(self) -> set[str]:
+        """Return the keys of a record that are read."""
+        return {self.turns}
+
     def fits(self, record: dict) -> bool:
         """Tell whether a record has turns, the first of them with both keys."""
         turns = record.get(self.turns)
@@ -111,11 +127,11 @@ class Turns:
         system, note = "", ""
         if said and said[0][0] == "system":
             system = f"{said.pop(0)[1]}\n"
+        roles = [role for role, _ in said]
         if said and said[-1][0] == "user":
             said.pop()
             note = "cut: the last turn, a question without a reply"
-        roles, expected = [role for role, _ in said], ["user", "assistant"] * (len(said) // 2)
-        if roles != expected or not said:
+        if roles[: len(said)] != ["user", "assistant"] * (len(said) // 2) or not said:
             order = BRIEF.repr(roles) if said else "nothing that is answered"
             raise _RefusedError(f"turns must alternate between user and assistant, user first; they are {order}")
         texts = [text for _, text in said]
@@ -157,12 +173,16 @@ Shape = Pair | Turns
 
 
 def find_shape(block: Block) -> Shape | None:
-    """Return the shape that most of a file's first rows have, None if none of them has any."""
-    values = (value for _, value in islice(records_of(block), NUM_SAMPLED))
-    records = [value for value in values if isinstance(value, dict)]
-    fitting = {shape: sum(map(shape.fits, records)) for shape in SHAPES}
-    best = max(SHAPES, key=fitting.get)
-    return best if fitting[best] else None
+    """Return the shape that most of the first rows with any shape have, None if no row of the block has one."""
+    records = (value for _, value in records_of(block) if isinstance(value, dict))
+    counted = Counter(chain.from_iterable(islice(filter(None, map(_shapes_of, records)), NUM_SAMPLED)))
+    return max(SHAPES, key=counted.__getitem__) if counted else None
+
+
+def _shapes_of(record: dict) -> list[Shape]:
+    """Return the shapes that a record has; not one that leaves out what another reads, such as the instruction."""
+    fitting = [shape for shape in SHAPES if shape.fits(record)]
+    return [shape for shape in fitting if not any(shape.keys < other.keys for other in fitting)]
 
 
 def to_row(value: object, shape: Shape | None, place: str) -> Row | Refused:

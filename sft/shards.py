@@ -18,6 +18,7 @@ from sft.json_text import (
     MAX_ROW_BYTES,
     READ_ERRORS,
     BrokenError,
+    RepeatedKeys,
     guess_encoding,
     read_some,
     reason_of,
@@ -66,7 +67,11 @@ def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
     gave the path, if there is nothing there or no shard.
     """
     root = Path(path)
-    if not root.exists():
+    try:
+        exists = root.exists()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be reached ({one_line(error)}); give a path that you may read") from None
+    if not exists:
         raise UserError(
             f"{flag} {path} does not exist; expected a file of rows or a folder of them; "
             "run data_proj/process_data.ipynb to make data_proj/opendata, or try data_proj/sample"
@@ -128,16 +133,15 @@ def read_blocks(shard: Path) -> Iterator[Block]:
         if not stat.S_ISREG(shard.stat().st_mode):
             raise BrokenError("not a file" if not shard.is_dir() else "a folder that cannot be listed")
         with shard.open("rb") as raw:
-            magic = raw.read(4)
-            raw.seek(0)
-            if magic == b"PAR1":
-                yield from _parquet_blocks(shard)
-                return
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if magic[:2] == b"\x1f\x8b" else raw
-            form, encoding = _look_into(stream)
-            rows = _rows_of(stream, form, encoding)
-            start = int(form == "lines")
-            for block in _blocks(shard, form, encoding, start, rows, raw):
+            if raw.read(4) == b"PAR1":
+                form, blocks = "parquet", _parquet_blocks(shard)
+            else:
+                form, encoding, mark = _look_into(_open(raw))
+                stream = _open(raw)  # anew, since a stream that failed once may go on as if it had ended
+                stream.seek(mark)
+                start = int(form == "lines")
+                blocks = _blocks(shard, form, encoding, start, _rows_of(stream, form, encoding), raw)
+            for block in blocks:
                 start, position = block.start + len(block.rows), block.position
                 yield block
     except FAULTS as error:
@@ -152,13 +156,14 @@ def _blocks(
 ) -> Iterator[Block]:
     """Put rows, each with its size, into blocks; the block in which reading breaks off carries the fault."""
     size = os.fstat(raw.fileno()).st_size
-    block, num_bytes, fault = [], 0, None
+    first, block, num_bytes, fault = start, [], 0, None
     while True:
         try:
             row, row_bytes = next(rows, (END, 0))
         except FAULTS as error:
             row, row_bytes = END, 0
-            unread = max(0, size - raw.tell()) + getattr(error, "num_characters", 0)
+            unread = max(0, size - raw.tell()) + getattr(error, "num_bytes", 0)
+            unread = min(size, unread) if start + len(block) > first else size
             reason = str(error) if isinstance(error, BrokenError) else f"cannot be read on ({one_line(error)})"
             fault = Refused(place_of(shard, form, start + len(block)), f"the file breaks off: {reason}", unread)
         if row is not END:
@@ -174,16 +179,23 @@ def _blocks(
 END = object()
 
 
-def _look_into(stream: io.BufferedIOBase) -> tuple[str, str]:
-    """Return the form and encoding of a text file, and leave it at its first byte behind the mark, if any."""
+def _open(raw: io.BufferedReader) -> io.BufferedIOBase:
+    """Return a file from its first byte on, unpacked; nothing that was unpacked before a fault is lost."""
+    raw.seek(0)
+    is_packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if is_packed else raw
+
+
+def _look_into(stream: io.BufferedIOBase) -> tuple[str, str, int]:
+    """Return the form and encoding of a text file, and the length of the mark that it begins with, if any."""
     head = read_some(stream)
     marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
     mark = next((mark for mark in marks if head.startswith(mark)), b"")
     encoding = marks[mark] if mark else guess_encoding(stream, head)
-    stream.seek(len(mark))
     text = head[len(mark) :].decode(encoding, "replace").lstrip(" \t\r\n")
     form = "array" if text.startswith("[") else "objects" if spans_lines(text) else "lines"
-    return form, encoding
+    return form, encoding, len(mark)
 
 
 def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
@@ -193,12 +205,13 @@ def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tu
     return _utf16_lines(stream, encoding) if encoding.startswith("utf-16") else _lines(stream)
 
 
-def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[bytes | None, int]]:
+def _lines(stream: io.BufferedIOBase | io.TextIOWrapper) -> Iterator[tuple[bytes | str | None, int]]:
+    ends = (b"\n", "\n")
     while line := stream.readline(MAX_ROW_BYTES):
-        if len(line) < MAX_ROW_BYTES or line.endswith(b"\n"):
+        if len(line) < MAX_ROW_BYTES or line[-1:] in ends:
             yield line, len(line)
             continue
-        while line and not line.endswith(b"\n"):
+        while line and line[-1:] not in ends:
             line = stream.readline(MAX_ROW_BYTES)
         yield None, MAX_ROW_BYTES
 
@@ -206,10 +219,11 @@ def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[bytes | None, int]]:
 def _utf16_lines(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[bytes | None, int]]:
     text = io.TextIOWrapper(stream, encoding, "surrogatepass", newline="\n")
     try:
-        while line := text.readline(MAX_ROW_BYTES):
-            yield line.encode("utf-8", "surrogatepass"), len(line)
+        for line, size in _lines(text):
+            yield None if line is None else line.encode("utf-8", "surrogatepass"), size
     finally:
-        text.detach()  # or it would close the stream
+        if not stream.closed:  # as it is where nobody reads to the end
+            text.detach()  # or it would close the stream
 
 
 def _parquet_blocks(shard: Path) -> Iterator[Block]:
@@ -251,9 +265,15 @@ def _parse_line(line: bytes, block: Block, number: int) -> object:
 
 
 def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
+    names = block.rows.schema.names if len(block.rows) else []
+    record = dict if len(set(names)) == len(names) else RepeatedKeys
     for number in range(len(block.rows)):
         try:
-            yield block.start + number, block.rows.slice(number, 1).to_pylist()[0]
+            yield block.start + number, record(block.rows.slice(number, 1).to_pylist()[0])
         except UnicodeDecodeError:
-            place = place_of(block.shard, block.form, block.start + number)
-            yield block.start + number, Refused(place, "holds bytes that are not UTF-8")
+            reason = "holds bytes that are not UTF-8"
+        except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # years and zones beyond Python's
+            reason = f"holds a value that cannot be read ({one_line(error)})"
+        else:
+            continue
+        yield block.start + number, Refused(place_of(block.shard, block.form, block.start + number), reason)

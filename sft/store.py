@@ -4,6 +4,7 @@ A row of the file is one instruction row, or as many turns of one conversation a
 of its examples end to end, and "lengths", the tokens of each example's prompt and answer by turns.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
@@ -91,10 +93,13 @@ def tokenised(
                 unfinished = folder.with_suffix(".unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
-                before = fingerprint(files, tokenizer)
-                write(unfinished, files, Encoder(tokenizer), num_workers or len(os.sched_getaffinity(0)))
-                if fingerprint(files, tokenizer) != before:
+                before = state_of(files)
+                write(unfinished, files, Encoder(tokenizer), num_workers or num_cores())
+                if state_of(files) != before:
                     raise UserError("a file changed while it was tokenised; start again when nothing writes to it")
+                for file in unfinished.iterdir():
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
                 unfinished.rename(folder)
     except OSError as error:
         raise UserError(
@@ -102,6 +107,11 @@ def tokenised(
             "or --streaming True, which keeps none"
         ) from None
     return folder
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _locked(path: Path) -> FileLock:
@@ -117,20 +127,24 @@ def _locked(path: Path) -> FileLock:
 
 def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 32 hexadecimal digits that change with the files' state, the tokenizer and the code that reads them."""
-    hashed = hashlib.sha256()
+    hashed = hashlib.sha256(state_of(files).encode(errors="backslashreplace"))
     for module in (__file__, json_text.__file__, prompts.__file__, rows.__file__, shards.__file__, tokenise.__file__):
         hashed.update(Path(module).read_bytes())
-    for file in files:
-        try:
-            state = file.stat()
-            hashed.update(
-                f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n".encode(errors="replace")
-            )
-        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or in a circle
-            hashed.update(f"{file} {error}\n".encode(errors="replace"))
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
     hashed.update(f"{tokenizer.eos_token_id} {tokenizer.model_max_length}".encode())
     return hashed.hexdigest()[:32]
+
+
+def state_of(files: Sequence[Path]) -> str:
+    """Return a text that changes whenever one of the files is written to."""
+    lines = []
+    for file in files:
+        try:
+            state = file.stat()
+            lines.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}")
+        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or in a circle
+            lines.append(f"{file} {error}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -162,7 +176,8 @@ def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: in
                 notes.write(json.dumps(note, ensure_ascii=False) + "\n")
             bar.update(before[number] + position - bar.n)
     counts.kept = counts.rows - counts.refused
-    (folder / COUNTS).write_text(json.dumps(asdict(counts), ensure_ascii=False), encoding="utf-8")
+    # In ASCII, since a file's name need not be UTF-8.
+    (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
 
 
 def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block, Shape | None]]:
@@ -171,7 +186,7 @@ def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block,
         shape, noted = None, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
         counts.files.append(noted)
         for block in shards.read_blocks(file):
-            if noted["shape"] == "empty":
+            if shape is None:  # the first block may hold no row
                 shape = rows.find_shape(block)
                 noted |= {"form": block.form, "encoding": block.encoding, "shape": shape.name if shape else "unknown"}
             yield number, block, shape
@@ -188,19 +203,17 @@ def _encode_apart(
     """Encode blocks in worker processes, a few blocks ahead of what is written, and yield them in their order."""
     # A fork begins at once and shares the tokenizer's memory; elsewhere processes are started anew.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting: deque[tuple[int, int, Future]] = deque()
+    waiting: deque[tuple[int, Block, Shape | None, Future]] = deque()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core's
     try:
         with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder,)) as pool:
             for number, block, shape in _blocks(files, counts):
-                waiting.append((number, block.position, pool.submit(_encode_in_worker, number, block, shape)))
+                waiting.append((number, block, shape, pool.submit(_encode_in_worker, number, block, shape)))
                 if len(waiting) > 2 * num_workers:
-                    number, position, future = waiting.popleft()
-                    yield number, position, future.result()
+                    yield _result(encoder, *waiting.popleft())
             while waiting:
-                number, position, future = waiting.popleft()
-                yield number, position, future.result()
+                yield _result(encoder, *waiting.popleft())
     except BrokenProcessPool:
         raise UserError(
             f"one of {num_workers} tokenising processes was killed, most often because memory ran out; give fewer with "
@@ -210,6 +223,15 @@ def _encode_apart(
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if parallelism is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+def _result(
+    encoder: Encoder, number: int, block: Block, shape: Shape | None, future: Future
+) -> tuple[int, int, Encoded]:
+    try:
+        return number, block.position, future.result()
+    except RecursionError:  # values so deep that no other process can be sent them
+        return number, block.position, encode_block(encoder, number, block, shape)
 
 
 _encoder: Encoder | None = None
@@ -229,6 +251,19 @@ def _encode_in_worker(number: int, block: Block, shape: Shape | None) -> Encoded
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the collector of reference cycles: it would go through all of torch again and again, half of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collector()
 def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None) -> Encoded:
     """Tokenise a block of shard number `file`, whose rows have `shape`."""
     found = list(rows.rows_of(block, shape))

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.dataset import encode_rows
-from sft.shards import read_rows
+from sft.rows import read_rows
+from sft.tokenise import encode_rows
 
 pytestmark = pytest.mark.slow
 NUM_ROWS = 11  # no multiple of 4 rows a step, so each epoch ends in a step of 3

@@ -65,6 +65,18 @@ def test_a_local_copy_of_the_hub_gives_the_first_rows_of_each_set(monkeypatch, t
         assert lines_of(output / f"{name}-00000.json") == lines_of(SAMPLE / file)[:7]
 
 
+def test_rows_that_are_none_are_left_out_and_told(monkeypatch, tmp_path):
+    hub, output = tmp_path / "hub", tmp_path / "output"
+    hub.mkdir()
+    rows = (SAMPLE / "school_math_0.25M.json").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+    bad = ["{oops\n", '{"instruction": "问", "input": "", "output": ""}\n']
+    file = hub / "school_math_0.25M.json"
+    file.write_text("".join([*rows[:2], *bad, *rows[2:]]), encoding="utf-8")
+    printed = process(monkeypatch, output, SOURCE=hub, DATASETS="school_math_0.25M", ROWS_PER_SET="none")
+    assert lines_of(output / "school_math_0.25M-00000.json") == [json.loads(row) for row in rows]
+    assert f"2 rows left out, the first of them {file}:3: not JSON" in printed
+
+
 def test_a_second_run_replaces_its_own_shards_and_nothing_else(monkeypatch, tmp_path):
     mine = tmp_path / "mine.json"
     mine.write_text('{"instruction": "a", "output": "b"}\n')

@@ -118,12 +118,14 @@ def examples(request: pytest.FixtureRequest, make_model: Callable[[str], Path], 
 
 
 def split_rows(packed: PackedDataset) -> list[tuple[list[int], list[int]]]:
-    """Return ids and labels of every example in every row, found by the positions alone."""
+    """Return ids and labels of every example in every row, found by the flat row's positions alone."""
     found = []
     for index in range(len(packed)):
         row = packed[index]
-        ids, labels, positions = row["input_ids"], row["labels"], row["position_ids"]
-        assert len(ids) == len(labels) == len(positions) <= MAX_LENGTH
+        assert row.keys() == {"input_ids", "lengths"}
+        flat = {name: values[0].tolist() for name, values in flatten([row]).items()}
+        ids, labels, positions = flat["input_ids"], flat["labels"], flat["position_ids"]
+        assert len(ids) == len(labels) == len(positions) == sum(row["lengths"]) <= MAX_LENGTH
         starts = [place for place, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             assert positions[start:end] == list(range(end - start))
@@ -132,13 +134,23 @@ def split_rows(packed: PackedDataset) -> list[tuple[list[int], list[int]]]:
 
 
 def ids_and_labels(examples: Dataset) -> list[tuple[list[int], list[int]]]:
-    return [(example["input_ids"], example["labels"]) for example in examples]
+    """Return ids and labels of every example, those of one conversation apart."""
+    found = []
+    for row in examples:
+        start = 0
+        for prompt, answer in zip(row["lengths"][::2], row["lengths"][1::2], strict=True):
+            ids = row["input_ids"][start : start + prompt + answer]
+            found.append((ids, [-100] * prompt + ids[prompt:]))
+            start += prompt + answer
+        assert start == row["length"]
+    return found
 
 
 def test_all_rows_together_hold_every_example_once(examples: Dataset):
     packed = PackedDataset(examples, MAX_LENGTH)
     assert 1 < len(packed) < len(examples) / 1.5
     assert sorted(split_rows(packed)) == sorted(ids_and_labels(examples))
+    assert len(ids_and_labels(examples)) > len(examples), "no conversation is among them"
 
 
 def test_a_row_holds_the_examples_that_pack_put_there_in_their_order(examples: Dataset):
@@ -149,8 +161,7 @@ def test_a_row_holds_the_examples_that_pack_put_there_in_their_order(examples: D
         members = examples.select(np.flatnonzero(row_of == row))
         assert packed[row] == {
             "input_ids": [token for ids in members["input_ids"] for token in ids],
-            "labels": [label for labels in members["labels"] for label in labels],
-            "position_ids": [position for ids in members["input_ids"] for position in range(len(ids))],
+            "lengths": [length for lengths in members["lengths"] for length in lengths],
         }
 
 
@@ -171,11 +182,14 @@ def test_examples_that_were_split_off_are_packed_alone(examples: Dataset):
     assert sorted(both) == sorted(ids_and_labels(examples))
 
 
-def test_a_packed_row_is_flat_already(examples: Dataset):
+def test_a_packed_row_is_as_flat_as_its_examples_joined(examples: Dataset):
+    row_of = pack(np.array(examples["length"][:]), MAX_LENGTH)
     packed = PackedDataset(examples, MAX_LENGTH)
     for index in range(len(packed)):
         flat = flatten([packed[index]])
-        assert {name: values[0].tolist() for name, values in flat.items()} == packed[index]
+        expected = flatten(list(examples.select(np.flatnonzero(row_of == index))))
+        assert flat.keys() == expected.keys()
+        assert all(torch.equal(flat[name], expected[name]) for name in flat)
 
 
 def test_rows_come_out_of_a_pickle_and_a_worker_the_same(examples: Dataset):

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from itertools import zip_longest
 
 import pytest
@@ -91,3 +93,18 @@ def test_the_sample_has_as_many_rows_as_the_page_says():
     num_rows = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in SAMPLE.glob("*.json"))
     assert f"{num_rows} rows of our own" in text_of("README.md")
     assert json.loads((SAMPLE / "own_with_input.json").read_text(encoding="utf-8").splitlines()[0])["input"]
+
+
+def test_belle_rows_become_rows_as_the_page_says(tmp_path):
+    from sft.rows import read_rows
+
+    seed = {"id": "seed_task_8", "instruction": "写诗", "instances": [{"input": "夏天", "output": "鹿葱。"}]}
+    asked = [{"question": "一？", "std_answer": "1", "class": "math"}, {"question": "二？", "std_answer": " "}]
+    (tmp_path / "belle_zh_seed_tasks.jsonl").write_text(json.dumps(seed) + "\n")
+    (tmp_path / "belle_eval_set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    blocks = re.findall(r"```sh\n(.*?)```", text_of("README.md"), re.DOTALL)
+    [block] = [block for block in blocks if "belle_zh_seed_tasks" in block]
+    python = f'python() {{ "{sys.executable}" "$@"; }}\n'
+    subprocess.run(["sh", "-euc", python + block], cwd=tmp_path, check=True)
+    rows = [row for file in sorted((tmp_path / "my_rows").iterdir()) for row in read_rows(file)]
+    assert [(row.instruction, row.input, row.output) for row in rows] == [("一？", "", "1"), ("写诗", "夏天", "鹿葱。")]

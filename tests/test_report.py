@@ -1,12 +1,18 @@
 """sft/report.py: what a run says of itself."""
 
+import json
+
+import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
+from sft import report
+from sft.dataset import DataReport
 from sft.models import load_tokenizer
 from sft.packing import PackedDataset
 from sft.report import count_steps, losses, marked_example, plot_losses, rows_line, steps_line
+from sft.store import Counts
 
 
 @pytest.mark.parametrize("num_examples", [1, 7, 24, 25])
@@ -26,14 +32,12 @@ def test_steps_are_counted_as_the_trainer_counts_them(num_examples, batch, accum
         AutoModelForCausalLM.from_pretrained(make_model("bloom-tiny")), args, train_dataset=[{}] * num_examples
     )
     _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    assert count_steps(args, num_examples) == (max_steps, max_steps / steps_per_epoch)
+    assert count_steps(args, [{}] * num_examples) == (max_steps, max_steps / steps_per_epoch)
 
 
 def make_examples(lengths):
-    return Dataset.from_dict(
-        {"input_ids": [[1] * length for length in lengths], "labels": [[1] * length for length in lengths]}
-        | {"length": lengths}
-    )
+    ids, turns = [[1] * length for length in lengths], [[0, length] for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "lengths": turns, "length": lengths})
 
 
 def make_arguments(tmp_path, **fields):
@@ -96,18 +100,18 @@ def tokenizer(make_model):
 
 
 def test_every_trained_part_is_marked(tokenizer):
-    parts = [("问一", False), ("答一", True), ("问二", False), ("答二", True)]
-    example = {"input_ids": [], "labels": []}
-    for text, trained in parts:
+    texts = ["问一", "答一", "问二", "答二"]
+    example = {"input_ids": [], "lengths": []}
+    for text in texts:
         ids = tokenizer(text).input_ids
         example["input_ids"] += ids
-        example["labels"] += ids if trained else [-100] * len(ids)
+        example["lengths"].append(len(ids))
     assert marked_example(tokenizer, example) == "问一⟦答一⟧问二⟦答二⟧"
 
 
 def test_the_middle_of_a_long_example_is_left_out(tokenizer):
     ids = tokenizer("始" + "中" * 100 + "终").input_ids
-    shown = marked_example(tokenizer, {"input_ids": ids, "labels": [-100] * len(ids)}, max_characters=20)
+    shown = marked_example(tokenizer, {"input_ids": ids, "lengths": [len(ids), 0]}, max_characters=20)
     assert shown == "始" + "中" * 9 + " ... [82 characters] ... " + "中" * 9 + "终"
 
 
@@ -117,3 +121,61 @@ def test_losses_are_drawn_even_where_nothing_was_logged(tmp_path):
     for logged in (history, []):
         plot_losses(logged, tmp_path / "curve.png")
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def make_report(tmp_path):
+    """Return a function that gives the report on two files of 3,000 rows, some of them refused."""
+
+    def make(num_refused: int, **fields) -> DataReport:
+        entries = [{"place": f"b.json:{line}", "note": f"refused: 坏 {line}"} for line in range(1, num_refused + 1)]
+        entries.insert(1, {"place": "b.json:2000", "note": "cut: 3 of the prompt's 9 tokens"})
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        (tmp_path / "notes.jsonl").write_text("".join(lines), encoding="utf-8")
+        shape = {"form": "lines", "encoding": "utf-8", "shape": "prompt/response"}
+        files = [{"file": "a.json", **shape}, {"file": "b.json", **shape, "encoding": "gb18030"}]
+        counts = Counts(rows=3000, kept=3000 - num_refused, refused=num_refused, cut=1, num_bytes=10**6, files=files)
+        sums = {"kept": counts.kept, "tokens": 250_000, "labelled_tokens": 90_000, "longest": 1024}
+        return DataReport(counts, tmp_path / "notes.jsonl", **{**sums, **fields})
+
+    return make
+
+
+def test_what_became_of_the_data_is_told_with_shapes_encodings_and_the_first_refused_rows(make_report, capsys):
+    report.print_data("data", make_report(22))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == (
+        "data     3,000 rows read: 2,978 kept (1 of them cut), 22 refused; 250,000 tokens, 90,000 of them trained; "
+        "longest 1,024"
+    )
+    assert rest[:2] == [
+        "shape    prompt/response in 1 file (lines)",
+        "shape    prompt/response in 1 file (lines, read as gb18030, not as UTF-8)",
+    ]
+    assert rest[2:] == [*(f"refused  b.json:{line}: 坏 {line}" for line in range(1, 21)), "refused  2 more"]
+
+
+def test_every_row_that_was_refused_cut_or_a_duplicate_is_written_down(make_report, tmp_path):
+    duplicates = np.array([[1, 7, 0, 5], [1, 8, 1, 2]])
+    with_duplicates = make_report(2, duplicates=duplicates, kept=2996)
+    assert ", 2 refused, 2 duplicates; " in report.data_line(with_duplicates)
+    report.write_data_report([with_duplicates, with_duplicates], tmp_path / "data_report.jsonl")
+    lines = (tmp_path / "data_report.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [{"place": "b.json:1", "note": "refused: 坏 1"}]
+    entries += [{"place": "b.json:2000", "note": "cut: 3 of the prompt's 9 tokens"}]
+    entries += [{"place": "b.json:2", "note": "refused: 坏 2"}]
+    entries += [{"place": "b.json:7", "note": "duplicate: of a.json:5"}]
+    entries += [{"place": "b.json:8", "note": "duplicate: of b.json:2"}]
+    assert [json.loads(line) for line in lines] == entries * 2
+    assert "坏" in lines[0]
+
+
+@pytest.mark.parametrize(("unread", "fraction"), [(0, 0.02), (500_000, 0.5)])
+def test_the_bad_share_is_that_of_rows_or_of_bytes_whichever_is_larger(make_report, unread, fraction):
+    bad = make_report(60)
+    bad.counts.unread_bytes = unread
+    assert bad.bad_fraction == pytest.approx(fraction)
+    assert bad.what_is_wrong(fraction) is None
+    said = bad.what_is_wrong(fraction - 0.001)
+    assert said.startswith("has 60 of 3,000 rows refused") and "--max_bad_fraction" in said
+    assert ("and 500,000 of 1,000,000 bytes not read" in said) == bool(unread)

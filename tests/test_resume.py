@@ -8,25 +8,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from safetensors.torch import save_file
 
 import train_sft
 from sft import checkpoint, resume
-from sft.dataset import FEATURES
 from sft.packing import PackedDataset
 from sft.program import UserError
 from sft.resume import check_settings, find, settings_of
 
 LENGTHS = [3, 5, 2, 4, 6, 3, 3]
+LIST = List(Value("int32"))
+FEATURES = Features({"input_ids": LIST, "lengths": LIST, "length": Value("int32")})
 
 
 def columns_of(lengths: list[int]) -> dict[str, list]:
     """Return examples that no two tokens of which are equal."""
     ids = [[10 * index + place for place in range(length)] for index, length in enumerate(lengths)]
-    labels = [[-100, *tokens[1:]] for tokens in ids]
-    place = [f"rows.json:{index}" for index in range(len(lengths))]
-    return {"input_ids": ids, "labels": labels, "length": lengths, "place": place, "note": [""] * len(lengths)}
+    return {"input_ids": ids, "lengths": [[1, length - 1] for length in lengths], "length": lengths}
 
 
 def dataset_of(columns: dict[str, list]) -> Dataset:
@@ -71,7 +70,7 @@ def with_another(columns: dict[str, list], what: str) -> dict[str, list]:
     if what == "token":
         columns["input_ids"][3][1] += 1
     elif what == "label":
-        columns["labels"][3][1] = -100
+        columns["lengths"][3] = [2, 2]
     elif what == "order":
         columns = {name: [values[5], *values[1:5], values[0], values[6]] for name, values in columns.items()}
     elif what == "example":

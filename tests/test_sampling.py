@@ -12,7 +12,7 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
-from sft.dataset import FEATURES, flatten
+from sft.dataset import flatten, labels_of
 from sft.loss import IGNORE_INDEX
 from sft.packing import PackedDataset
 from sft.sampling import EMPTY_ROW, EpochOrder, EvenRows
@@ -23,16 +23,16 @@ SIZES = [1, 2, 5, 12, 29, 47]
 
 def rows_of(number: int) -> list[dict]:
     """Return rows that are told apart by their only token."""
-    return [{"input_ids": [index, index], "labels": [IGNORE_INDEX, index]} for index in range(number)]
+    return [{"input_ids": [index, index], "lengths": [1, 1]} for index in range(number)]
 
 
 @pytest.fixture
 def packed() -> PackedDataset:
     """Five examples in rows of up to eight tokens."""
     tokens = [[1] * 3, [2] * 5, [3] * 7, [4] * 2, [5] * 4]
-    columns = {"input_ids": tokens, "labels": tokens, "length": list(map(len, tokens))}
-    columns |= {"place": [""] * 5, "note": [""] * 5}
-    return PackedDataset(datasets.Dataset.from_dict(columns, features=FEATURES), 8)
+    lengths = list(map(len, tokens))
+    columns = {"input_ids": tokens, "lengths": [[1, length - 1] for length in lengths], "length": lengths}
+    return PackedDataset(datasets.Dataset.from_dict(columns), 8)
 
 
 # ------------------------------------------------------------------------------------------------------------- EvenRows
@@ -58,7 +58,7 @@ def test_an_empty_row_has_a_token_and_no_label():
     assert flat["input_ids"].shape == (1, 1)
     assert flat["labels"].tolist() == [[IGNORE_INDEX]]
     # flatten takes the first label of every example away, also in a row that had one.
-    assert EvenRows(rows_of(1), 2)[1]["labels"] == [IGNORE_INDEX]
+    assert labels_of(EvenRows(rows_of(1), 2)[1]) == [IGNORE_INDEX]
 
 
 def test_packed_rows_and_empty_ones_share_a_flat_row(packed):
@@ -66,10 +66,12 @@ def test_packed_rows_and_empty_ones_share_a_flat_row(packed):
     assert len(packed) == 3 and len(even) == 7
     first, second = packed[2], packed[0]
     flat = flatten([even[2], even[3], even[0], even[6]])
-    assert flat["position_ids"].tolist() == [[*first["position_ids"], 0, *second["position_ids"], 0]]
     assert flat["input_ids"].tolist() == [[*first["input_ids"], 0, *second["input_ids"], 0]]
-    labels = [flatten([row])["labels"][0].tolist() for row in (first, second)]
-    assert flat["labels"].tolist() == [[*labels[0], IGNORE_INDEX, *labels[1], IGNORE_INDEX]]
+    for name, of_empty in (("position_ids", 0), ("labels", IGNORE_INDEX)):
+        alone = [flatten([row])[name][0].tolist() for row in (first, second)]
+        assert flat[name].tolist() == [[*alone[0], of_empty, *alone[1], of_empty]]
+    # A row of one example and one of two, so that positions begin anew within a row as well.
+    assert {len(first["lengths"]), len(second["lengths"])} == {2, 4}
 
 
 # ----------------------------------------------------------------------------------------------------------- EpochOrder

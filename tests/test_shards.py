@@ -1,4 +1,4 @@
-"""sft/shards.py: which files are read, how rows come out of them, and what is said of a file that is wrong."""
+"""sft/shards.py: which files are read, how values come out of them, and what is said of a file that is wrong."""
 
 import codecs
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sft.program import UserError
-from sft.shards import Row, find_shards, read_rows
+from sft.shards import Block, Refused, find_shards, read_blocks, records_of
 
 GOOD = '{"instruction": "你", "input": "们", "output": "好"}'
 RECORDS = [
@@ -27,37 +27,26 @@ def as_lines(records: list[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def error_of(file: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        list(read_rows(file))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+def values_in(file: Path) -> list[tuple[int, object]]:
+    """Return the line or index of each value of a file, and the value; no part of the file may be unreadable."""
+    blocks = list(read_blocks(file))
+    assert [block.fault for block in blocks if block.fault] == []
+    return [numbered for block in blocks for numbered in records_of(block)]
 
 
-def fields(rows: list[Row]) -> list[tuple[str, str, str]]:
-    return [(row.instruction, row.input, row.output) for row in rows]
+def last_block(file: Path) -> Block:
+    """Return the only block of a small file that breaks off."""
+    [block] = read_blocks(file)
+    assert "\n" not in block.fault.reason
+    return block
 
 
-@pytest.mark.parametrize("content", [as_lines(RECORDS), json.dumps(RECORDS), json.dumps(RECORDS, indent=1)])
-@pytest.mark.parametrize("before", [b"", codecs.BOM_UTF8, b"\n \r\n\t", codecs.BOM_UTF8 + b"\n\n"])
-def test_lines_and_array_give_the_same_rows(tmp_path: Path, content: str, before: bytes):
-    rows = list(read_rows(write(tmp_path, before + content.encode())))
-    assert fields(rows) == [("甲\n乙", "丙", "丁"), ("\u2028行", "", "\n尾\n"), ("无", "", "😀")]
-
-
-def test_place_of_a_line_counts_blank_lines(tmp_path: Path):
-    file = write(tmp_path, f"\n{GOOD}\n\n  \n{GOOD}")
-    assert [row.place for row in read_rows(file)] == [f"{file}:2", f"{file}:5"]
-
-
-def test_place_in_an_array_is_the_index(tmp_path: Path):
-    file = write(tmp_path, f"[{GOOD}, {GOOD}]")
-    assert [row.place for row in read_rows(file)] == [f"{file}[0]", f"{file}[1]"]
+# ----------------------------------------------------------------------------------------------------------- the files
 
 
 def test_files_are_sorted_and_hidden_ones_ignored(tmp_path: Path):
     names = ["b.json", "a.jsonl", "sub/c.json", ".hidden.json", ".ipynb_checkpoints/b.json", "sub/.x/d.json", "e.txt"]
+    names += ["f.jsonl.gz", "sub/g.parquet", "h.JSON.GZ", "i.gz"]
     for name in reversed(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(GOOD)
@@ -65,7 +54,10 @@ def test_files_are_sorted_and_hidden_ones_ignored(tmp_path: Path):
     assert [str(file.relative_to(tmp_path)) for file in find_shards(str(tmp_path))] == [
         "a.jsonl",
         "b.json",
+        "f.jsonl.gz",
+        "h.JSON.GZ",
         "sub/c.json",
+        "sub/g.parquet",
     ]
 
 
@@ -78,13 +70,7 @@ def test_hidden_folder_above_the_data_does_not_matter(tmp_path: Path):
 def test_a_file_is_read_whatever_its_name(tmp_path: Path):
     file = write(tmp_path, GOOD, "rows.txt")
     assert find_shards(str(file)) == [file]
-
-
-def test_rows_come_before_a_later_bad_line_is_met(tmp_path: Path):
-    rows = read_rows(write(tmp_path, GOOD + "\nbad\n"))
-    assert next(rows).output == "好"
-    with pytest.raises(UserError):
-        next(rows)
+    assert values_in(file) == [(1, json.loads(GOOD))]
 
 
 def test_missing_path_is_named_with_its_flag(tmp_path: Path):
@@ -102,56 +88,98 @@ def test_folder_without_shards_is_named_with_its_flag(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("good_rows", [0, 3000])
-def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path: Path, good_rows: int):
-    before = (GOOD + "\n").encode() * good_rows + b'{"instruction": "'
-    file = write(tmp_path, before + "你好".encode("gbk") + b'"}')
-    assert error_of(file).startswith(f"{file}:{good_rows + 1} is not UTF-8")
+# ----------------------------------------------------------------------------------------------------- lines and arrays
 
 
-def test_bytes_that_are_not_utf8_in_an_array_are_named_by_their_line(tmp_path: Path):
-    file = write(tmp_path, f"\n[{GOOD},\n{GOOD},\n".encode() + '{"instruction": "你好"}]'.encode("gbk"))
-    assert error_of(file).startswith(f"{file}:4 is not UTF-8")
+@pytest.mark.parametrize("content", [as_lines(RECORDS), json.dumps(RECORDS), json.dumps(RECORDS, indent=1)])
+@pytest.mark.parametrize("before", [b"", codecs.BOM_UTF8, b"\n \r\n\t", codecs.BOM_UTF8 + b"\n\n"])
+def test_lines_and_array_give_the_same_values(tmp_path: Path, content: str, before: bytes):
+    file = write(tmp_path, before + content.encode())
+    assert [value for _, value in values_in(file)] == RECORDS
+    [block] = read_blocks(file)
+    assert (block.form, block.encoding) == ("array" if content.startswith("[") else "lines", "utf-8")
+    assert block.position == file.stat().st_size
+
+
+def test_number_of_a_line_counts_blank_lines(tmp_path: Path):
+    file = write(tmp_path, f"\n{GOOD}\n\n  \n{GOOD}")
+    assert values_in(file) == [(2, json.loads(GOOD)), (5, json.loads(GOOD))]
+
+
+def test_number_in_an_array_is_the_index(tmp_path: Path):
+    file = write(tmp_path, f"[{GOOD}, {GOOD}]")
+    assert values_in(file) == [(0, json.loads(GOOD)), (1, json.loads(GOOD))]
+
+
+def test_numbers_go_on_from_block_to_block(tmp_path: Path):
+    records = [{"number": number} for number in range(3500)]
+    lines, array = write(tmp_path, as_lines(records), "a.jsonl"), write(tmp_path, json.dumps(records), "b.json")
+    assert values_in(lines) == list(enumerate(records, 1))
+    assert values_in(array) == list(enumerate(records))
+    assert len(list(read_blocks(lines))) == len(list(read_blocks(array))) == 4
+
+
+@pytest.mark.parametrize("good_rows", [1, 3000])
+def test_bytes_that_are_not_utf8_spoil_their_line_alone(tmp_path: Path, good_rows: int):
+    before = (GOOD + "\n").encode() * good_rows
+    file = write(tmp_path, before + GOOD.encode().replace("好".encode(), b"\xff\xb3") + f"\n{GOOD}\n".encode())
+    values = values_in(file)
+    assert [number for number, _ in values] == list(range(1, good_rows + 3))
+    assert values[good_rows][1]["output"] == "\udcff\udcb3"  # what is refused where it becomes a row
+    assert all(value == json.loads(GOOD) for number, value in values if number != good_rows + 1)
+
+
+def test_a_file_whose_every_row_is_in_gb18030_is_read_as_that(tmp_path: Path):
+    for content, form in ((as_lines(RECORDS), "lines"), (f"\n[{GOOD},\n{GOOD}]", "array")):
+        file = write(tmp_path, content.encode("gb18030"))
+        [block] = read_blocks(file)
+        assert (block.form, block.encoding) == (form, "gb18030")
+        expected = RECORDS if form == "lines" else [json.loads(GOOD)] * 2
+        assert [value for _, value in values_in(file)] == expected
+
+
+BAD_LINES = {"quotes": "{'instruction': 1}", "cut off": GOOD[:-1], "NUL": "\0", "too deep": '{"a":' * 100_000}
 
 
 @pytest.mark.parametrize(
-    "bad",
-    ["{'instruction': 1}", GOOD[:-1], GOOD + GOOD, "\0", '{"a":' * 100_000, f'{{"a": {"9" * 5000}}}'],
-    ids=["quotes", "cut off", "two rows", "NUL", "too deep", "too many digits"],
-)
-def test_bad_json_is_named_by_its_line(tmp_path: Path, bad: str):
-    file = write(tmp_path, f"{GOOD}\n\n{bad}\n")
-    assert error_of(file).startswith(f"{file}:3 ")
-
-
-@pytest.mark.parametrize("bad", [f"[\n{GOOD}\n{GOOD}]", f"\n[{GOOD},\n'x']", f"[{GOOD},\n{GOOD},\n"])
-def test_bad_json_in_an_array_is_named_by_its_line(tmp_path: Path, bad: str):
-    file = write(tmp_path, bad)
-    line = 1 + bad[: bad.rindex("\n") + 1].count("\n")
-    assert error_of(file).startswith(f"{file}:{line} ")
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
+    ("first", "bad"),
     [
-        ([1], "list"),
-        ("text\n", "str"),
-        (None, "NoneType"),
-        ({"input": "", "output": "好"}, '"instruction"'),
-        ({"instruction": "你", "input": ""}, '"output"'),
-        ({"prompt": "你", "response\n": "好"}, "prompt"),
-        ({"instruction": 1, "output": "好"}, '"instruction" is 1'),
-        ({"instruction": "你", "output": None}, '"output" is None'),
-        ({"instruction": "你", "output": ["好\n"]}, '"output" is ['),
-        ({"instruction": "你", "input": 0, "output": "好"}, '"input" is 0'),
-        ({"instruction": "你", "input": {}, "output": "好"}, '"input" is {}'),
-        ({"instruction": "你", "output": "\ud83d"}, '"output"'),
+        *((first, bad) for first in (False, True) for bad in BAD_LINES),
+        (False, "two rows"),  # a file that begins so holds objects that follow one another
     ],
 )
-def test_bad_row_is_named_by_its_place(tmp_path: Path, record: object, said: str):
-    line = json.dumps(record)
-    lines = write(tmp_path, f"{GOOD}\n{line}\n", "lines.json")
-    array = write(tmp_path, f"[{GOOD}, {line}]", "array.json")
-    for message, place in ((error_of(lines), f"{lines}:2"), (error_of(array), f"{array}[1]")):
-        assert message.startswith(place)
-        assert said in message
+def test_bad_json_is_named_by_its_line_and_spoils_no_other(tmp_path: Path, first: bool, bad: str):
+    bad = {**BAD_LINES, "two rows": GOOD + GOOD}[bad]
+    file = write(tmp_path, f"{bad}\n{GOOD}\n\n{GOOD}\n" if first else f"{GOOD}\n\n{bad}\n{GOOD}\n")
+    values = dict(values_in(file))
+    refused = values.pop(1 if first else 3)
+    assert isinstance(refused, Refused) and refused.reason.startswith("not JSON (")
+    assert refused.place == f"{file}:{1 if first else 3}" and "\n" not in refused.reason
+    assert values == dict.fromkeys((2, 4) if first else (1, 4), json.loads(GOOD))
+
+
+def test_a_number_of_too_many_digits_for_python_spoils_nothing(tmp_path: Path):
+    file = write(tmp_path, f'{GOOD}\n{{"a": {"9" * 5000}}}\n')
+    assert [number for number, _ in values_in(file)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good_rows"),
+    [
+        (f"[\n{GOOD}\n{GOOD}]", 1),
+        (f"\n[{GOOD},\n'x']", 1),
+        (f"[{GOOD},\n{GOOD},\n", 2),
+        (f"[{GOOD},\n{GOOD[:-1]}", 1),
+        (f"[{GOOD}] {GOOD}", 1),
+        ("[", 0),
+    ],
+)
+def test_an_array_that_breaks_off_keeps_what_came_before_and_names_the_index(tmp_path: Path, bad: str, good_rows: int):
+    file = write(tmp_path, bad)
+    block = last_block(file)
+    assert list(records_of(block)) == [(number, json.loads(GOOD)) for number in range(good_rows)]
+    assert block.fault.place == f"{file}[{good_rows}]"
+    assert block.fault.reason.startswith("the file breaks off: ")
+    assert 0 <= block.fault.num_bytes <= file.stat().st_size
+    if not bad.endswith(",\n"):  # which breaks off at its very end
+        assert block.fault.num_bytes

@@ -1,4 +1,4 @@
-"""train_sft.py through its command line: losses, resuming, the folder it leaves, and mistakes."""
+"""train_sft.py through its command line: losses, resuming, and the folder it leaves; see also test_mistakes.py."""
 
 import json
 import os
@@ -48,6 +48,19 @@ def logged(output: Path, name: str = "loss") -> list[float]:
     return [entry[name] for entry in state["log_history"] if name in entry]
 
 
+def replies_of(row: dict) -> list[dict]:
+    """Return a task for each reply of a row, which may be a conversation as multiturn_chat_0.8M writes it."""
+    if not row["instruction"].startswith("Human:"):
+        return [row]
+    texts = [*re.split(r"(?:^|\n)(?:Human|Assistant):", row["instruction"])[1:-1], row["output"]]
+    tasks, history = [], ""
+    for question, reply in zip(texts[::2], texts[1::2], strict=True):
+        instruction = f"{history}Human:{question}\nAssistant:" if history else question
+        tasks.append({"instruction": instruction, "input": "", "output": reply})
+        history += f"Human:{question}\nAssistant:{reply}\n"
+    return tasks
+
+
 def tensors_of(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     context = ", paired with an input that provides further context" if row["input"] else ""
     body = f"{row['instruction']}\n\n### Input:\n{row['input']}" if row["input"] else row["instruction"]
@@ -66,7 +79,7 @@ def reference_losses(folder: Path, steps: list[list[dict]]) -> list[float]:
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(steps))
     losses = []
     for rows in steps:
-        batch = [tensors_of(row, tokenizer) for row in rows]
+        batch = [tensors_of(task, tokenizer) for row in rows for task in replies_of(row)]
         num_labels = sum((labels != -100).sum() for _, labels in batch)
         loss = 0.0
         for input_ids, labels in batch:
@@ -96,7 +109,7 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     flags += ["--activation_checkpointing", shape.endswith("tiny"), "--num_train_epochs", 3]
     result = train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
     tokenizer = AutoTokenizer.from_pretrained(make_model(shape))
-    lengths = np.array([tensors_of(row, tokenizer)[0].shape[1] for row in rows])
+    lengths = np.array([sum(tensors_of(task, tokenizer)[0].shape[1] for task in replies_of(row)) for row in rows])
     row_of = pack(lengths, length, seed=42)  # the Trainer's default seed
     packed = [[rows[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max() + 1)]
     assert logged(tmp_path) == pytest.approx(reference_losses(make_model(shape), 3 * packed), abs=1e-4)
@@ -149,7 +162,7 @@ def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dirty_rows)
     dirty.write_text(data.read_text(encoding="utf-8") + text, encoding="utf-8")
     flags = ["--eval_data_path", held_out, "--per_device_eval_batch_size", "5", "--num_train_epochs", "2"]
-    flags += ["--model_max_length", "600", "--report_to", "tensorboard"]
+    flags += ["--model_max_length", "600", "--report_to", "tensorboard", "--max_bad_fraction", "0.1"]
     result = subprocess.run(
         [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", dirty]
         + ["--output_dir", output, "--learning_rate", "1e-2", *flags],
@@ -167,8 +180,8 @@ def test_the_eval_loss_is_the_saved_models_mean_over_all_labels(finished, rows):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     loss_sum, num_labels = 0.0, 0
     with torch.no_grad():
-        for row in rows:
-            input_ids, labels = tensors_of(row, tokenizer)
+        for task in [task for row in rows for task in replies_of(row)]:
+            input_ids, labels = tensors_of(task, tokenizer)
             logits = model(input_ids).logits[0, :-1]
             loss_sum += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
             num_labels += (labels != -100).sum().item()
@@ -207,15 +220,15 @@ def test_curve_card_and_tensorboard_are_written(finished):
     assert list(output.rglob("events.out.tfevents.*"))
 
 
-def test_cut_and_dropped_rows_are_reported_with_their_place(finished):
+def test_cut_and_refused_rows_are_reported_with_their_place(finished):
     output, stdout = finished
     lines = (output / "data_report.jsonl").read_text(encoding="utf-8").splitlines()
     notes = {Path(entry["place"]).name: entry["note"] for entry in map(json.loads, lines)}
     assert set(notes) == {"rows.jsonl:25", "rows.jsonl:26", "held_out.jsonl:25"}
     assert notes["rows.jsonl:25"].startswith("cut: ")
-    assert notes["rows.jsonl:26"] == notes["held_out.jsonl:25"] == "dropped: the output is empty"
-    assert "data     26 rows read: 25 kept (1 of them cut), 1 dropped" in stdout
-    assert "held out 25 rows read: 24 kept (0 of them cut), 1 dropped" in stdout
+    assert notes["rows.jsonl:26"] == notes["held_out.jsonl:25"] == 'refused: the "output" is empty'
+    assert "data     26 rows read: 25 kept (1 of them cut), 1 refused" in stdout
+    assert "held out 25 rows read: 24 kept (0 of them cut), 1 refused" in stdout
     assert "examples 25 trained on, 24 held out" in stdout
 
 
@@ -295,88 +308,3 @@ def test_precision_follows_the_card(monkeypatch, tmp_path):
         (TrainingArguments(output_dir="o", bf16=False).bf16, TrainingArguments(output_dir="o", bf16=False).fp16)
     )
     assert not TrainingArguments(output_dir="o", use_cpu=True).bf16
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-GOOD_ROW = '{"instruction": "a", "input": "", "output": "b"}\n'
-MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
-    "missing data": (lambda t, m: {"--data_path": t / "nowhere"}, "does not exist"),
-    "empty data folder": (lambda t, m: {"--data_path": (t / "empty")}, "holds no .json"),
-    "no output field": (
-        lambda t, m: {"--data_path": write(t / "a.json", GOOD_ROW + '{"instruction": "a"}\n')},
-        'a.json:2 has no "output"',
-    ),
-    "no instruction field": (
-        lambda t, m: {"--data_path": write(t / "a.json", '[{"prompt": "a", "output": "b"}]')},
-        'a.json[0] has no "instruction"',
-    ),
-    "not JSON": (lambda t, m: {"--data_path": write(t / "a.json", GOOD_ROW + "{oops\n")}, "a.json:2 is not JSON"),
-    "only empty outputs": (
-        lambda t, m: {"--data_path": write(t / "a.json", '{"instruction": "a", "output": ""}\n')},
-        "no row to train on",
-    ),
-    "unknown flag": (lambda t, m: {"--learnin_rate": "1"}, "type --learning_rate"),
-    "value of the wrong type": (lambda t, m: {"--learning_rate": "fast"}, "--learning_rate"),
-    "flags that contradict": (lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"}, "do not fit"),
-    "folder without config.json": (lambda t, m: {"--model_name_or_path": t / "empty"}, "without config.json"),
-    "model out of reach": (lambda t, m: {"--model_name_or_path": "nobody/nothing"}, "give the path of a downloaded"),
-    "no causal language model": (
-        lambda t, m: {"--model_name_or_path": write(t / "t5/config.json", '{"model_type": "t5"}').parent},
-        "expected a causal language model",
-    ),
-    "no weights": (
-        lambda t, m: {"--model_name_or_path": without_weights(m, t / "bare")},
-        "weights",
-    ),
-    "output is a file": (lambda t, m: {"--output_dir": write(t / "taken", "mine")}, "is a file"),
-    "output is the model": (lambda t, m: {"--output_dir": m}, "is the model itself"),
-    "tracker that is not installed": (lambda t, m: {"--report_to": "wandb"}, "wandb is not installed"),
-    "length below the template": (lambda t, m: {"--model_max_length": "20"}, "--model_max_length 20 is too short"),
-    "share out of range": (lambda t, m: {"--eval_fraction": "2"}, "--eval_fraction 2.0"),
-    "missing flag": (lambda t, m: {"--data_path": None}, "--data_path"),
-}
-
-
-def without_weights(model: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for file in model.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(name, make_model, data, cache_dir, tmp_path, monkeypatch, capfd):
-    import train_sft
-    from sft.program import run_program
-
-    (tmp_path / "empty").mkdir()
-    output = tmp_path / "output"
-    make_flags, expected = MISTAKES[name]
-    model = make_model("bloom-tiny")
-    flags = {"--model_name_or_path": model, "--data_path": data, "--output_dir": output, "--cache_dir": cache_dir}
-    flags |= make_flags(tmp_path, model)
-    before = {file: file.read_bytes() for file in model.iterdir()}
-    words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", *words])
-    capfd.readouterr()  # what making the model printed
-    with pytest.raises(SystemExit) as ended:
-        run_program(train_sft.main)
-    assert ended.value.code == 2
-    printed = capfd.readouterr().err.splitlines()
-    assert len(printed) == 1 and printed[0].startswith("error: ") and expected in printed[0], printed
-    assert not output.exists()
-    assert not (tmp_path / "taken").exists() or (tmp_path / "taken").read_text() == "mine"
-    assert before == {file: file.read_bytes() for file in model.iterdir()}
-
-
-def test_a_mistake_prints_no_traceback_from_the_shell(run, make_model, data, tmp_path):
-    given = ["--model_name_or_path", make_model("bloom-tiny"), "--data_path", data, "--output_dir", tmp_path / "o"]
-    result = run("train_sft.py", *given, "--warmup_ratio", "0.03")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: unknown flag --warmup_ratio; type --warmup_steps with the ratio, such as 0.03\n"
