@@ -30,7 +30,7 @@ from sft import disk, flat_row, report, resume, zero
 from sft.dataset import DataReport, flatten, load_examples
 from sft.models import count_parameters, load_config, load_model, load_tokenizer, locate
 from sft.packing import PackedDataset
-from sft.program import OneLineErrors, UserError, one_line, run_program
+from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
 from sft.shards import find_shards
 from sft.streaming import StreamedRows, first_of
 from sft.tokenise import Encoder, check_length
@@ -226,15 +226,17 @@ def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, rep
     """Print and write what became of the rows; raise UserError if too many are refused, or none is left."""
     notes = Path(training_args.output_dir, report.NOTES)
     if training_args.process_index == 0:
-        disk.claim(training_args.output_dir)
-        report.write_data_report(reports.values(), notes)
+        try:
+            report.write_data_report(reports.values(), notes)
+        except OSError as error:
+            raise OneRankError(
+                f"{notes} cannot be written: {one_line(error)}; free the disk, or give another --output_dir"
+            ) from None
         for name, data_report in reports.items():
             report.print_data(name, data_report)
     paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
     for name, data_report in reports.items():
         if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
-            if training_args.process_index == 0:  # the sign may be another run's where that one could not claim
-                disk.give_back(training_args.output_dir)
             raise UserError(f"{' '.join(paths[name])} {wrong}; {notes} lists what was refused")
 
 
@@ -264,6 +266,16 @@ def stream_rows(
         rank=training_args.process_index,
         world_size=training_args.world_size,
     )
+
+
+def examples_share_rows(
+    data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]
+) -> bool:
+    """Tell whether a flat row may hold more than one example."""
+    is_evaluated = data_args.eval_data_path or data_args.eval_fraction
+    batch_size = max(training_args.train_batch_size, training_args.eval_batch_size if is_evaluated else 1)
+    have_turns = data_args.streaming or any(data_report.counts.conversations for data_report in reports.values())
+    return data_args.packing or batch_size > 1 or have_turns
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -320,39 +332,33 @@ def main() -> None:
     """Fine-tune as the command line says."""
     model_args, data_args, training_args = parse_arguments()
     check_arguments(model_args, data_args, training_args)
-
-    location = locate(model_args.model_name_or_path, training_args.cache_dir)
-    config = load_config(location, training_args.cache_dir)
-    tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
-    train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
-    if data_args.check_data:
-        if training_args.process_index == 0:
-            disk.give_back(training_args.output_dir)
-        return
-    settings, resumed = prepare_run(training_args, config, train_dataset)
-    zero.size_buffers(training_args, config)
-    model = make_model(location, training_args, tokenizer)
-    flat_row.install(model)
-    batch_size = max(training_args.train_batch_size, training_args.eval_batch_size if eval_dataset is not None else 1)
-    have_turns = data_args.streaming or any(data_report.counts.conversations for data_report in reports.values())
-
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=flatten,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        settings=settings,
-        examples_share_rows=data_args.packing or batch_size > 1 or have_turns,
-    )
-    if trainer.is_world_process_zero():
-        print_header(trainer, resumed)
-    trainer.train_to_the_end(resumed, report.count_steps(training_args, train_dataset)[0])
-    trainer.save_result()
-    if trainer.is_world_process_zero():
-        describe(trainer, model_args.model_name_or_path, data_args.data_path, reports.get("data", train_dataset))
-        disk.give_back(training_args.output_dir)
+    with disk.claimed(training_args):
+        location = locate(model_args.model_name_or_path, training_args.cache_dir)
+        config = load_config(location, training_args.cache_dir)
+        tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
+        train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
+        if data_args.check_data:
+            return
+        settings, resumed = prepare_run(training_args, config, train_dataset)
+        zero.size_buffers(training_args, config)
+        model = make_model(location, training_args, tokenizer)
+        flat_row.install(model)
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            data_collator=flatten,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            settings=settings,
+            examples_share_rows=examples_share_rows(data_args, training_args, reports),
+        )
+        if trainer.is_world_process_zero():
+            print_header(trainer, resumed)
+        trainer.train_to_the_end(resumed, report.count_steps(training_args, train_dataset)[0])
+        trainer.save_result()
+        if trainer.is_world_process_zero():
+            describe(trainer, model_args.model_name_or_path, data_args.data_path, reports.get("data", train_dataset))
     # A process group still open at exit can abort a rank whose work is done.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

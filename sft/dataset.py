@@ -57,10 +57,10 @@ class DataReport:
 
     def entries(self) -> Iterator[dict[str, str]]:
         """Yield the place of every row that was refused, cut or left out as a duplicate, and why."""
+        first_of = {self._place(*pair[:2]): self._place(*pair[2:]) for pair in self.duplicates.tolist()}
         with self.notes.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
-        for file, row, first_file, first_row in self.duplicates.tolist():
-            yield {"place": self._place(file, row), "note": f"duplicate: of {self._place(first_file, first_row)}"}
+            yield from (entry for entry in map(json.loads, lines) if entry["place"] not in first_of)
+        yield from ({"place": place, "note": f"duplicate: of {first}"} for place, first in first_of.items())
 
     def refused(self, number: int) -> list[dict[str, str]]:
         """Return the entries of the first so many refused rows."""
@@ -97,6 +97,7 @@ def load_examples(
         where = np.stack([lengths_of(examples, name) for name in ("file", "row")], axis=1)
         pairs = np.concatenate([where, where[first_of]], axis=1)[~is_first]
         report.duplicates = np.unique(pairs, axis=0)  # a row of several parts once
+        report.counts.cut = sum(entry["note"].startswith("cut") for entry in report.entries())
         examples = examples.select(np.flatnonzero(is_first), keep_in_memory=True)
     lengths = lengths_of(examples)
     report.kept = report.counts.kept - len(report.duplicates)

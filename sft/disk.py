@@ -98,8 +98,27 @@ def claim(output_dir: str) -> None:
 
 
 def give_back(output_dir: str) -> None:
-    """Take the sign of `claim` out of a finished output folder."""
+    """Take the sign of `claim` out of an output folder."""
     Path(output_dir, IN_USE).unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(args: TrainingArguments) -> Iterator[None]:
+    """Have the output folder for this run alone until it ends; the first rank claims it for all.
+
+    A folder that is made for it goes again if nothing came into it.
+    """
+    if args.process_index:
+        yield
+        return
+    is_new = not Path(args.output_dir).exists()
+    claim(args.output_dir)
+    try:
+        yield
+    finally:
+        give_back(args.output_dir)
+        if is_new and not any(Path(args.output_dir).iterdir()):
+            Path(args.output_dir).rmdir()
 
 
 def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> int:

@@ -170,6 +170,8 @@ SHAPES = (
     Pair("input", "output"),
 )
 Shape = Pair | Turns
+# Shapes that read all that another reads, and more: a row of theirs would lose it.
+FULLER = {shape: [other for other in SHAPES if shape.keys < other.keys] for shape in SHAPES}
 
 
 def find_shape(block: Block) -> Shape | None:
@@ -182,7 +184,7 @@ def find_shape(block: Block) -> Shape | None:
 def _shapes_of(record: dict) -> list[Shape]:
     """Return the shapes that a record has; not one that leaves out what another reads, such as the instruction."""
     fitting = [shape for shape in SHAPES if shape.fits(record)]
-    return [shape for shape in fitting if not any(shape.keys < other.keys for other in fitting)]
+    return [shape for shape in fitting if not any(other in fitting for other in FULLER[shape])]
 
 
 def to_row(value: object, shape: Shape | None, place: str) -> Row | Refused:
@@ -196,6 +198,8 @@ def to_row(value: object, shape: Shape | None, place: str) -> Row | Refused:
             raise _RefusedError(f"a key stands twice among {_keys(value)}")
         if shape is None:
             raise _RefusedError(f"of no known shape, with {_keys(value)}; expected such as {SHAPE}")
+        if fuller := next((other for other in FULLER[shape] if other.fits(value)), None):
+            raise _RefusedError(f"of the shape {fuller.name}, and the first rows of the file have only {shape.name}")
         return shape.read(value, place)
     except _RefusedError as error:
         return Refused(place, str(error))

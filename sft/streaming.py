@@ -15,13 +15,13 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from sft.packing import PackedDataset, examples_of, pack
-from sft.program import UserError
+from sft.program import OneRankError, UserError
 from sft.rows import Row, read_all
-from sft.shards import NUM_NAMED, Refused
+from sft.shards import NUM_NAMED, Refused, size_of
 from sft.tokenise import Encoder, group
 
 BUFFER_ROWS = 10_000  # in memory, among which the next one is drawn
-ENCODED_ROWS = 1000  # tokenised, and packed, together
+ENCODED_REPLIES = 1000  # of a rank that are tokenised, and packed, together; a conversation has several
 JUDGED_ROWS = 1000  # read before the share of refused ones may end the run
 
 
@@ -31,7 +31,7 @@ class StreamedRows(IterableDataset):
 
     files: Sequence[Path]
     encoder: Encoder
-    notes: Path  # where the first rank writes one JSON line for each refused row
+    notes: Path  # to which the first rank adds one JSON line for each refused row
     max_bad_fraction: float = 0.01
     packing: bool = False
     shuffle: bool = True
@@ -40,21 +40,27 @@ class StreamedRows(IterableDataset):
     world_size: int = 1
 
     def __post_init__(self):
-        """Count nothing yet."""
-        self.num_rows = self.num_refused = 0
+        """Count nothing yet, and keep what was noted before, of rows held out."""
+        self.num_rows = self.num_refused = self.unread_bytes = 0
+        self.num_bytes, self.noted_bytes = sum(map(size_of, self.files)), size_of(self.notes)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         """Yield this rank's rows from the first epoch on; raise UserError where too many are refused."""
-        self.__post_init__()
-        self.notes.write_text("")
-        own = islice(chain.from_iterable(map(self._drawn, count())), self.rank, None, self.world_size)
-        while rows := list(islice(own, ENCODED_ROWS)):
+        self.num_rows = self.num_refused = self.unread_bytes = 0
+        self.has_begun = False
+        if not self.rank:
+            with self.notes.open("a") as lines:
+                lines.truncate(self.noted_bytes)
+        drawn = chain.from_iterable(map(self._drawn, count()))
+        rounds = zip(*[drawn] * self.world_size, strict=True)  # a row for each rank
+        while rows := [of_ranks[self.rank] for of_ranks in some_of(rounds)]:
             tokenised = [
                 [ids for example in together for ids in (example.prompt, example.answer)]
                 for examples in self.encoder.encode(rows)
                 for together in group(examples, self.encoder.max_length)
             ]
             for parts in self._packed(tokenised) if self.packing else tokenised:
+                self.has_begun = True
                 yield {"input_ids": list(chain.from_iterable(parts)), "lengths": list(map(len, parts))}
 
     def _packed(self, rows: list[list[list[int]]]) -> Iterator[list[list[int]]]:
@@ -92,6 +98,7 @@ class StreamedRows(IterableDataset):
 
     def _refuse(self, row: Refused) -> None:
         self.num_refused += 1
+        self.unread_bytes += row.num_bytes
         if self.rank:
             return
         if self.num_refused <= NUM_NAMED:
@@ -100,11 +107,24 @@ class StreamedRows(IterableDataset):
             lines.write(json.dumps({"place": row.place, "note": f"refused: {row.reason}"}, ensure_ascii=False) + "\n")
 
     def _judge(self) -> None:
-        if self.num_refused > self.max_bad_fraction * self.num_rows:
-            raise UserError(
-                f"{self.num_refused:,} of the first {self.num_rows:,} rows are refused, more than --max_bad_fraction "
-                f"{self.max_bad_fraction:g}; mend them ({self.notes} lists them), or allow more"
+        share = max(self.num_refused / max(1, self.num_rows), self.unread_bytes / max(1, self.num_bytes))
+        if share > self.max_bad_fraction:
+            unread = f" and {self.unread_bytes:,} of {self.num_bytes:,} bytes not read" if self.unread_bytes else ""
+            # To the first row of tokens all ranks read as much; later one may be ahead of the others, and end alone.
+            raise (OneRankError if self.rank and self.has_begun else UserError)(
+                f"{self.num_refused:,} of the first {self.num_rows:,} rows are refused{unread}, more than "
+                f"--max_bad_fraction {self.max_bad_fraction:g}; mend them ({self.notes} lists them), or allow more"
             )
+
+
+def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
+    """Yield rounds of rows, as many on each rank, until they have ENCODED_REPLIES for each."""
+    num_replies = 0
+    for rows in rounds:
+        yield rows
+        num_replies += sum(1 + len(row.history) for row in rows)
+        if num_replies >= ENCODED_REPLIES * len(rows):
+            return
 
 
 def first_of(rows: Dataset | PackedDataset | StreamedRows) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """train_sft.py with a mistake on its command line or in its data: one line that says what to do, and exit code 2."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_a_model_without_weights_is_one_line_and_exit_code_2(make_model, cache_d
     assert "weights" in line
     assert printed.startswith("data     54 rows read: 54 kept") and len(printed.splitlines()) == 2
     assert {file.name for file in output.iterdir()} <= {"data_report.jsonl", ".in-use"}
+
+
+def test_a_disk_without_room_for_the_data_report_is_one_line(make_model, cache_dir, tmp_path, monkeypatch, capfd):
+    from sft import report
+
+    def fill(reports, path: Path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_data_report", fill)
+    flags = {"--model_name_or_path": make_model("bloom-tiny"), "--data_path": DATA, "--cache_dir": cache_dir}
+    line, _ = end_of({**flags, "--output_dir": tmp_path / "output"}, monkeypatch, capfd)
+    assert f"{tmp_path / 'output' / 'data_report.jsonl'} cannot be written: " in line and "No space left" in line
 
 
 @pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])

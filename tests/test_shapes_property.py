@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ CLEAN = [{"instruction": f"问题{i}，second", "input": "", "output": f"答案{
 CHATS = [{"messages": [{"role": role, "content": "你好"} for role in ("user", "assistant")]} for _ in range(5)]
 LINES = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in CLEAN)
 ARRAY = json.dumps(CLEAN, ensure_ascii=False, indent=1)
-SPREAD = "\n".join(json.dumps(each, ensure_ascii=False, indent=1) for each in CHATS)
+SPREAD = "\n".join(json.dumps(each, ensure_ascii=False, indent=1) for each in CLEAN)
 
 
 def as_parquet(records: list[dict], **options: object) -> bytes:
@@ -151,20 +152,26 @@ def test_no_spoilt_file_is_an_error_or_loses_a_row_unsaid(folder: Path, bloom: E
     check()
 
 
-STARTS = [
-    b"",
-    codecs.BOM_UTF8,
-    codecs.BOM_UTF16_LE,
-    codecs.BOM_UTF16_BE,
-    b"\x1f\x8b",
-    b"\x1f\x8b\x08\0\0\0\0\0\0\3",
-    b"PAR1",
-    b"[",
-    b'{"',
-    b"\n\n",
-    b'{"a":\n',
-    b"[{},",
-]
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", [LINES, ARRAY, SPREAD], ids=["lines", "array", "objects"])
+def test_a_file_cut_anywhere_gives_every_row_before_the_cut(folder: Path, text: str, encoding: str):
+    mark = "\ufeff" if encoding.startswith("utf-16") else ""
+    content = (mark + text).encode(encoding)
+    ends = [len((mark + text[: end.end()]).encode(encoding)) for end in re.finditer("}", text)]
+
+    @examples(40)
+    @given(st.integers(0, len(content)))
+    def check(length: int) -> None:
+        (folder / "rows.json").write_bytes(content[:length])
+        rows = [each for each in read_all(folder / "rows.json") if isinstance(each, Row)]
+        assert [row.output for row in rows] == [each["output"] for each in CLEAN[: sum(end <= length for end in ends)]]
+
+    check()
+
+
+MARKS = [codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE]
+MAGIC = [b"\x1f\x8b", b"\x1f\x8b\x08\0\0\0\0\0\0\3", b"PAR1"]
+STARTS = [b"", *MARKS, *MAGIC, b"[", b'{"', b"\n\n", b'{"a":\n', b"[{},"]
 
 
 def test_no_bytes_are_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):

@@ -35,7 +35,7 @@ def tokenizer(make_model: Callable[[str], Path]) -> PreTrainedTokenizerBase:
 
 def rows_of(number: int, first: int = 0) -> list[dict[str, str]]:
     """Return rows of about 150 characters, no two equal, of which every hundredth is refused, or cut."""
-    rows = [{"instruction": f"第{first + i}题：" + "天地玄黄" * 10, "output": "宇宙洪荒，" * 20} for i in range(number)]
+    rows = [{"instruction": f"第{first + i}题，" + "天地玄黄" * 10, "output": "宇宙洪荒，" * 20} for i in range(number)]
     for i in range(50, number, 100):
         rows[i] |= {"output": ""} if i % 200 == 50 else {"output": "日月盈昃" * 500}
     return rows
@@ -341,20 +341,21 @@ def peak():
 
 tokenizer = load_tokenizer(sys.argv[1], 1024)
 for file in sys.argv[3:]:
-    print(peak(), (store.tokenised([Path(file)], tokenizer, sys.argv[2], 1) / store.ROWS).stat().st_size // 1024, peak())
+    made = store.tokenised([Path(file)], tokenizer, sys.argv[2], 1)
+    print((made / store.ROWS).stat().st_size // 1024, peak())
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_twice_the_rows_take_no_more_memory(run, make_model, tmp_path):
-    files = [write(tmp_path / f"{number}.jsonl", rows_of(number, number)) for number in (500, 20_000, 40_000)]
+    files = [write(tmp_path / f"{number}.jsonl", rows_of(number, number)) for number in (20_000, 40_000)]
     result = run("-c", PEAKS, make_model("bloom-tiny"), tmp_path / "cache", *files)
     assert result.returncode == 0, result.stderr
-    _, half, whole = ([int(number) for number in line.split()] for line in result.stdout.splitlines()[-3:])
-    # In KiB: what the second half takes on the disk, and in memory on top of what the first half took.
-    written, taken = whole[1] - half[1], whole[2] - half[2]
-    assert written > 5_000 and taken < written / 4
-    assert whole[2] < 1.1 * half[2]
+    half, whole = ([int(number) for number in line.split()] for line in result.stdout.splitlines()[-2:])
+    # In KiB: what twice the rows take more, on the disk and in memory.
+    written, taken = whole[0] - half[0], whole[1] - half[1]
+    assert written > 20_000 and taken < written / 2
+    assert whole[1] < 1.1 * half[1]
 
 
 COUNTED = """
@@ -385,6 +386,6 @@ def test_ranks_of_one_host_tokenise_the_rows_once(run, make_model, folder, tmp_p
     result = run("-m", "sft.launch", "--cpu", "--ranks", "2", script, *given)
     assert result.returncode == 0, result.stderr[-3000:]
     blocks = Counter(log.read_text().splitlines())
-    assert len(blocks) == 10 and set(blocks.values()) == {1}
+    assert len(blocks) == 9 and set(blocks.values()) == {1}
     assert result.stdout.count("data     6,005 rows read: 5,974 kept (30 of them cut), 31 refused") == 1
     assert len((tmp_path / "run" / "data_report.jsonl").read_text(encoding="utf-8").splitlines()) == 61

@@ -20,6 +20,9 @@ from sft.packing import pack
 
 HEAD = "Below is an instruction that describes a task"
 FIXED = ["--save_strategy", "no", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
+# With Adam's usual 1e-8, rounding grows a hundredfold within twenty steps: a gradient that is zero but for it moves its
+# weight by the whole learning rate.
+FIXED += ["--adam_epsilon", "1e-3"]
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +78,7 @@ def tensors_of(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 def reference_losses(folder: Path, steps: list[list[dict]]) -> list[float]:
     """The original's recipe over stock transformers: one example a forward, the mean over a step's labels."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(steps))
     losses = []
     for rows in steps:
@@ -98,7 +101,7 @@ def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, r
     flags = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 4]
     train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
     expected = reference_losses(make_model(shape), 4 * [rows[i : i + 4] for i in range(0, 24, 4)])
-    assert logged(tmp_path) == pytest.approx(expected, abs=1e-4)
+    assert logged(tmp_path) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0] - 0.1
 
 
@@ -112,7 +115,7 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     lengths = np.array([sum(tensors_of(task, tokenizer)[0].shape[1] for task in replies_of(row)) for row in rows])
     row_of = pack(lengths, length, seed=42)  # the Trainer's default seed
     packed = [[rows[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max() + 1)]
-    assert logged(tmp_path) == pytest.approx(reference_losses(make_model(shape), 3 * packed), abs=1e-4)
+    assert logged(tmp_path) == pytest.approx(reference_losses(make_model(shape), 3 * packed), abs=1e-5)
     assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
     assert (
         f"about {24 / len(packed):.0f} examples a step = {24 / len(packed):.1f} a row x 1 per device" in result.stdout
