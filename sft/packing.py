@@ -17,7 +17,8 @@ def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
     placed together: as many in a row as it has room for, row after row from the fullest that fits.
     """
     assert lengths.min() > 0 and lengths.max() <= max_length, (lengths.min(), lengths.max(), max_length)
-    order = np.lexsort((np.random.default_rng(seed).permutation(len(lengths)), -lengths.astype(np.int64)))
+    order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int32)
+    order = order[np.argsort(-lengths[order].astype(np.int32), kind="stable")]
     row_of = np.empty(len(lengths), np.int32)
     rows_by_room: dict[int, np.ndarray] = {}  # rows that have room for so many tokens more
     num_rows, counts = 0, np.bincount(lengths)

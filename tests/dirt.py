@@ -212,6 +212,7 @@ def line_kinds() -> list[Kind]:
     crlf = lines(*GOOD).replace("\n", "\r\n").encode()
     blanks = f"\n \t\n{dump(GOOD[0])}\n\n\r\n{dump(GOOD[1])}\n\n5\n".encode()
     rubbish = {f":{number}": NOT_JSON for number in range(1, 151)}
+    no_shape = {f":{number}": NO_INSTRUCTION + "['text']" for number in range(1, 151)}
     long_line = '"instruction" has 50,000,000 characters, too long by far'
     csv = "instruction,input,output\n甲,,一\n".encode()
     return [
@@ -224,6 +225,7 @@ def line_kinds() -> list[Kind]:
         Kind("blank lines", blanks, GOOD[:2], {":8": "a JSON int"}),
         Kind("a block of blank lines first", b"\n" * 1500 + lines(*GOOD).encode()),
         Kind("150 lines of rubbish first", b"x\n" * 150 + lines(*GOOD).encode(), GOOD, rubbish),
+        Kind("150 rows of no shape first", lines(*[{"text": "丙"}] * 150, *GOOD).encode(), GOOD, no_shape),
         Kind("empty", b"", []),
         Kind("only spaces", b" \n\t\r\n ", []),
         Kind("last line cut off", lines(*GOOD)[:-6].encode(), GOOD[:2], {":3": NOT_JSON}),

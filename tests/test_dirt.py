@@ -38,7 +38,7 @@ def in_time() -> Iterator[None]:
         raise AssertionError("a test waits for something")
 
     signal.signal(signal.SIGALRM, fail)
-    signal.alarm(200)
+    signal.alarm(120)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -287,6 +287,7 @@ def tell(report: DataReport, output: Path) -> None:
     import train_sft
 
     data_args = train_sft.DataArguments(data_path="rows")
+    output.mkdir(exist_ok=True)
     train_sft.tell_of_data(data_args, SimpleNamespace(output_dir=str(output), process_index=0), {"data": report})
 
 
