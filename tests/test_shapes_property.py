@@ -164,7 +164,10 @@ def test_a_file_cut_anywhere_gives_every_row_before_the_cut(folder: Path, text: 
     def check(length: int) -> None:
         (folder / "rows.json").write_bytes(content[:length])
         rows = [each for each in read_all(folder / "rows.json") if isinstance(each, Row)]
-        assert [row.output for row in rows] == [each["output"] for each in CLEAN[: sum(end <= length for end in ends)]]
+        # Half a line end, of UTF-16, makes its line one that cannot be read, and that is said.
+        half = text is LINES and encoding.startswith("utf-16")
+        number = sum(end <= length and not (half and length == end + 1) for end in ends)
+        assert [row.output for row in rows] == [each["output"] for each in CLEAN[:number]]
 
     check()
 
@@ -260,7 +263,7 @@ TALKS = st.builds(
     st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
     st.none() | ANY_TEXT,
     st.just("") | ANY_TEXT,
-).filter(lambda talk: not split_history(talk.pairs[-1][0])[0])  # the reader would make turns of such a question
+).filter(lambda talk: split_history(talk.pairs[-1][0])[1] == talk.pairs[-1][0])  # no turns written into a question
 ROLE_NAMES = {role: [name for name in ROLES if ROLES[name] == role] for role in ROLES.values()}
 
 
