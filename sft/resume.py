@@ -15,7 +15,7 @@ from sft.checkpoint import MARKER, can_go_on, complete_steps, fault_of, folders_
 from sft.dataset import lengths_of
 from sft.packing import PackedDataset, examples_of
 from sft.program import UserError
-from sft.store import fingerprint
+from sft.shards import size_of
 from sft.streaming import StreamedRows
 
 NUM_HASHED = 1000  # examples whose tokens tell the data of two runs apart, beside the lengths of all
@@ -46,7 +46,8 @@ def settings_of(
     Without DeepSpeed another number of processes may go on, with as many rows a step.
     """
     if isinstance(rows, StreamedRows):
-        content = fingerprint(rows.files, rows.encoder.tokenizer).encode()
+        sizes = "".join(f"{file.name} {size_of(file)}\n" for file in rows.files)
+        content = (sizes + rows.encoder.tokenizer.backend_tokenizer.to_str()).encode(errors="backslashreplace")
     else:
         content = _content_of(examples_of(rows))
     flags = {f"--{name}": getattr(args, name) for name in SETTINGS_BY_FLAG}

@@ -341,7 +341,7 @@ def prompt_ids(row: dict) -> list[list[int]]:
 def test_rows_are_tokenised_into_every_prompt_of_the_chat_and_every_reply(folder: Path, encoder: Encoder):
     tokenizer = encoder.tokenizer
 
-    @examples(250)
+    @examples(150)
     @given(st.lists(TALKS, max_size=3), st.sampled_from(SHAPES))
     def check(talks: list[Talk], shape: Shape) -> None:
         write_talks(folder / "rows.json", talks, shape, "lines")
@@ -362,7 +362,7 @@ def test_rows_cut_to_any_length_keep_the_template_and_a_label(folder: Path, enco
     frames = [prompt.partition("{instruction}")[::2] for prompt in (PROMPT_INPUT, PROMPT_NO_INPUT)]
     between, end = frames[0][1].split("{input}")
 
-    @examples(250)
+    @examples(150)
     @given(st.lists(TALKS, max_size=3), st.integers(0, 60), st.sampled_from(SHAPES[:6]))
     def check(talks: list[Talk], room: int, shape: Shape) -> None:
         encoder.max_length = shortest + room
