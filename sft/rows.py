@@ -241,8 +241,8 @@ def _keys(record: dict) -> str:
 def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
     """Split a `Human:` / `Assistant:` history, as in multiturn_chat_0.8M, into earlier turns and the last question.
 
-    The names must begin their lines, alternate, and leave the last reply open, so that `chat_instruction` gives the
-    same text again; any other text is a question as it is.
+    The names must begin their lines, alternate, and leave the last reply open, so that of two turns or
+    more `chat_instruction` gives the same text again; any other text is a question as it is.
     """
     _, *parts = TURN.split(instruction) if instruction.startswith(HUMAN) else ("",)
     names, texts = parts[::2], parts[1::2]

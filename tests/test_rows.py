@@ -1,30 +1,14 @@
-"""sft/rows.py: rows out of the values of a file, and what is said of one that is none; see also test_shapes.py."""
+"""sft/rows.py: rows out of the values of a file, and what is said of one that is none."""
 
 import json
 from pathlib import Path
 
 import pytest
+from test_shards import GOOD, RECORDS, as_lines, write
 
 from sft.program import UserError
 from sft.rows import Row, read_all, read_rows
 from sft.shards import Refused
-
-GOOD = '{"instruction": "你", "input": "们", "output": "好"}'
-RECORDS = [
-    {"instruction": "甲\n乙", "input": "丙", "output": "丁"},
-    {"instruction": "\u2028行", "input": None, "output": "\n尾\n"},
-    {"instruction": "无", "output": "😀"},
-]
-
-
-def write(folder: Path, content: str | bytes, name: str = "rows.json") -> Path:
-    file = folder / name
-    file.write_bytes(content.encode() if isinstance(content, str) else content)
-    return file
-
-
-def as_lines(records: list[dict]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def error_of(file: Path) -> str:
