@@ -1,136 +1,93 @@
 """Chat with a checkpoint in the browser.
 
-    python app.py --checkpoint output_dir/demo [--port 7860]
+    python app.py --checkpoint output_dir/demo [--compare bigscience/bloom-560m] [--quantize int8] [--port 7860]
 
-The page speaks the browser's language, Chinese or English. It answers on this machine only (127.0.0.1).
+It answers on this machine alone (127.0.0.1). To answer others, it asks for a name and a password:
+
+    echo me:secret > names && python app.py --checkpoint output_dir/demo --listen --auth names
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import argparse
+import os
+import sys
+from pathlib import Path
 
-import gradio as gr
-
-from sft.chat import ChatModel, Sampling
 from sft.program import ArgumentParser, UserError, run_program
 
-TRANSLATIONS = {
-    "en": {
-        "settings": "Sampling",
-        "max_new_tokens": "Longest answer (tokens)",
-        "temperature": "Temperature (0: always the likeliest token)",
-        "top_p": "Top p",
-        "top_k": "Top k",
-        "repetition_penalty": "Repetition penalty",
-        "ask": "Ask something",
-        "examples": "Examples",
-    },
-    "zh": {
-        "settings": "采样设置",
-        "max_new_tokens": "回答的最大长度（token）",
-        "temperature": "温度（0：总是取概率最大的 token）",
-        "top_p": "Top p",
-        "top_k": "Top k",
-        "repetition_penalty": "重复惩罚",
-        "ask": "问点什么",
-        "examples": "示例",
-    },
-}
-TRANSLATIONS["zh-CN"] = TRANSLATIONS["zh"]  # gradio looks a browser's locale up as it stands
-EXAMPLES = [
-    "用一句话介绍一下你自己。",
-    "写一首关于秋天的五言绝句。",
-    "一件商品原价 120 元，打八折后是多少元？",
-    "用 Python 写一个函数，判断一个数是不是质数。",
-    "Translate into English: 千里之行，始于足下。",
-]
+AUTH_VARIABLE = "CHAT_AUTH"
 
 
-def answer_with(chat: ChatModel) -> Callable[..., Iterator[str]]:
-    """Return the function behind the chat: it yields the growing reply and ends generation when it is closed."""
-
-    def respond(
-        message: str,
-        history: list[dict],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        repetition_penalty: float,
-    ) -> Iterator[str]:
-        sampling = Sampling(int(max_new_tokens), temperature, top_p, int(top_k), repetition_penalty)
-        messages = [*answered(history), {"role": "user", "content": message}]
-        reply = ""
-        with closing(iter(chat.reply(messages, sampling))) as pieces:
-            for piece in pieces:
-                reply += piece
-                yield reply
-        if not reply:
-            yield reply  # the model ended at once
-
-    return respond
-
-
-def answered(history: list[dict]) -> list[dict[str, str]]:
-    """Return the turns of gradio's history without questions that were stopped before an answer came."""
-    turns = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
-    roles = [turn["role"] for turn in turns[1:]] + ["user"]
-    return [turn for turn, following in zip(turns, roles, strict=False) if turn["role"] != following]
-
-
-def text_of(content: str | list[dict]) -> str:
-    """Return the text of a message as gradio keeps it: a string, or a list of parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def build_page(chat: ChatModel, title: str) -> gr.ChatInterface:
-    """Build the page around a loaded checkpoint; one answer is generated at a time, others wait their turn."""
-    i18n = gr.I18n(**TRANSLATIONS)
-    default = Sampling()
-    return gr.ChatInterface(
-        answer_with(chat),
-        title=title,
-        chatbot=gr.Chatbot(height="70vh", show_label=False, buttons=["copy"]),
-        textbox=gr.Textbox(
-            placeholder=i18n("ask"), show_label=False, container=False, submit_btn=True, stop_btn=True, autofocus=True
-        ),
-        additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
-        additional_inputs=[
-            gr.Slider(1, 2048, default.max_new_tokens, step=1, label=i18n("max_new_tokens")),
-            gr.Slider(0, 2, default.temperature, step=0.05, label=i18n("temperature")),
-            gr.Slider(0.05, 1, default.top_p, step=0.05, label=i18n("top_p")),
-            gr.Slider(0, 200, default.top_k, step=1, label=i18n("top_k")),
-            gr.Slider(1, 2, default.repetition_penalty, step=0.05, label=i18n("repetition_penalty")),
-        ],
-        examples=[[example] for example in EXAMPLES],
-        examples_label=i18n("examples"),
-        run_examples_on_click=False,
-        cache_examples=False,
-        flagging_mode="never",
-        analytics_enabled=False,
-        concurrency_limit=1,
-        api_name="chat",
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; raise UserError where it asks for what is not done."""
+    parser = ArgumentParser(description="Chat with a checkpoint in the browser.")
+    parser.add_argument("--checkpoint", required=True, help="a model folder, a LoRA adapter's folder or a hub id")
+    parser.add_argument("--compare", help="another one, whose answers stand beside")
+    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    parser.add_argument("--quantize", default="none", choices=("none", "int8"), help="int8: faster on a CPU")
+    parser.add_argument("--listen", action="store_true", help="answer other machines too; needs --auth")
+    parser.add_argument("--share", action="store_true", help="answer at a public gradio.live address; needs --auth")
+    parser.add_argument(
+        "--auth",
+        metavar="FILE",
+        help=f"a file with lines user:password; or user:password itself, or {AUTH_VARIABLE} in the environment",
     )
+    parser.add_argument("--max_waiting", type=int, default=20, help="questions in line, the one answered among them")
+    parser.add_argument("--requests_per_minute", type=int, default=60, help="of one user, or address without --auth")
+    parser.add_argument("--max_characters", type=int, default=8_000, help="of a question")
+    parser.add_argument("--max_new_tokens", type=int, default=2_048, help="of an answer")
+    arguments = parser.parse_args()
+    for name in ("max_waiting", "requests_per_minute", "max_characters", "max_new_tokens", "port"):
+        most = 65535 if name == "port" else 2048 if name == "max_new_tokens" else 1_000_000
+        if not 1 <= getattr(arguments, name) <= most:
+            raise UserError(f"--{name} {getattr(arguments, name)} is out of range; expected 1 to {most}")
+    return arguments
+
+
+def hide_password(auth: str | None) -> None:
+    """Start anew with a password from the command line in the environment, which other users cannot read.
+
+    The process list shows command lines to everybody. Nothing is imported yet, so it is there for milliseconds.
+    """
+    if auth is None or ":" not in auth or Path(auth).exists():
+        return
+    words = [word for word in sys.argv if word not in ("--auth", auth, f"--auth={auth}")]
+    environment = {**os.environ, AUTH_VARIABLE: auth}
+    os.execve(sys.executable, [sys.executable, *words], environment)
+
+
+def read_names(auth: str | None) -> list[tuple[str, str]]:
+    """Return the names and passwords of a file, or of the environment; none if neither is given.
+
+    Raises UserError if there is no such file, or a line is no user:password.
+    """
+    if auth is not None and not Path(auth).is_file():
+        raise UserError(f"--auth {auth}: no such file; expected a file with lines user:password")
+    text = Path(auth).read_text(encoding="utf-8") if auth is not None else os.environ.get(AUTH_VARIABLE, "")
+    source = f"--auth {auth}" if auth is not None else AUTH_VARIABLE
+    pairs = [tuple(line.strip().split(":", 1)) for line in text.splitlines() if line.strip()]
+    if auth is not None and not pairs:
+        raise UserError(f"{source} is empty; expected lines user:password")
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UserError(f"{source} has a line that is no user:password; expected a name, a colon and a password")
+    return pairs
 
 
 def main() -> None:
-    """Load the checkpoint and serve the page until interrupted."""
-    parser = ArgumentParser(description="Chat with a checkpoint in the browser.")
-    parser.add_argument("--checkpoint", required=True, help="a model folder or a hub id")
-    parser.add_argument("--port", type=int, default=7860, help="the port on 127.0.0.1")
-    arguments = parser.parse_args()
-    chat = ChatModel.load(arguments.checkpoint)
-    page = build_page(chat, arguments.checkpoint)
-    print(f"{arguments.checkpoint} on {chat.model.device}: http://127.0.0.1:{arguments.port} (Ctrl-C ends)", flush=True)
-    try:
-        page.launch(
-            server_name="127.0.0.1",
-            server_port=arguments.port,
-            share=False,
-            quiet=True,
-            i18n=gr.I18n(**TRANSLATIONS),
+    """Load the checkpoints and serve the page until interrupted."""
+    arguments = parse_arguments()
+    hide_password(arguments.auth)
+    names = read_names(arguments.auth)
+    if (arguments.listen or arguments.share) and not names:
+        flag = "--listen" if arguments.listen else "--share"
+        raise UserError(
+            f"{flag} would let anybody in; give --auth FILE with lines user:password, or {AUTH_VARIABLE}=user:password "
+            "in the environment"
         )
-    except OSError as error:
-        raise UserError(f"--port {arguments.port} cannot be used ({error}); give another") from None
+    # Only now what takes seconds to import, so that a mistake is told at once.
+    from sft.serve import serve
+
+    serve(arguments, names)
 
 
 if __name__ == "__main__":

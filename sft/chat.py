@@ -2,220 +2,145 @@
 
 Usage:
     python -m sft.chat output_dir/demo                                  # talk to it in the terminal
+    python -m sft.chat output_dir/demo --quantize int8                  # faster on a CPU
     python -m sft.chat output_dir/demo --recall output_dir/demo_data    # does it give the answers it was taught?
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation import BaseStreamer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.models import load_config, load_model, load_tokenizer, locate
-from sft.program import ArgumentParser, UserError, run_program
-from sft.prompts import STOP_MARKERS, build_chat_prompt
-from sft.rows import read_rows
+from sft.models import load_adapter, load_config, load_model, load_tokenizer, locate
+from sft.program import ArgumentParser, UserError, one_line, run_program
+from sft.prompts import split_system
+from sft.quantize import quantize
+from sft.reply import BOUNDS, GREEDY, Reply, Sampling
+from sft.rows import Row, read_rows
 from sft.shards import find_shards
+from sft.tokenise import Encoder
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. A temperature of 0 takes the likeliest one each time."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float = 1.0
-
-
-GREEDY = Sampling(temperature=0.0)
+# What a model is taken to read at once where neither tokenizer nor config tells.
+USUAL_LENGTH = 2048
+QUANTIZATIONS = ("none", "int8")
 
 
 class ChatModel:
     """A checkpoint ready to answer, on the GPU where there is one."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Take a model with its weights where they shall compute, and its tokenizer."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         # Decoder-only models go on from the last position, which padding on the right would fill.
         self.tokenizer.padding_side = "left"
+        if tokenizer.model_max_length > 1e9:  # transformers' word for unknown
+            tokenizer.model_max_length = context_length(model.config)
+        self.encoder = Encoder(tokenizer)
+        self.weights = str(model.dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, checkpoint: str, device: str = "auto") -> "ChatModel":
-        """Load a folder or a hub id; bf16 on a GPU that has it, fp16 on another, fp32 on the CPU.
+    def load(
+        cls, checkpoint: str, device: str = "auto", dtype: str = "auto", quantization: str = "none"
+    ) -> "ChatModel":
+        """Load a folder, a hub id, or the folder of a LoRA adapter with the base model that it names.
 
-        Raises UserError if there is no such checkpoint.
+        The weights are bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; or `dtype`, a name
+        such as "float32". With the quantization "int8" the weights are 8-bit integers, on a CPU. Raises UserError if
+        there is no such checkpoint, no such device, or it cannot be quantized there.
         """
+        device = choose_device(device)
+        chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
+        if quantization == "int8":
+            chosen = torch.float32
         checkpoint = locate(checkpoint)
-        load_config(checkpoint)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float32
-        if device.startswith("cuda"):
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return cls(load_model(checkpoint, dtype).to(device), load_tokenizer(checkpoint))
+        if (adapter := load_adapter(checkpoint, chosen)) is not None:
+            model, tokenizer = adapter
+        else:
+            load_config(checkpoint)
+            model, tokenizer = load_model(checkpoint, chosen), load_tokenizer(checkpoint)
+        if quantization != "int8":
+            return cls(model.to(device), tokenizer)
+        chat = cls(quantize(model.to(device)), tokenizer)
+        chat.weights = "int8"
+        return chat
 
-    def generation_config(self, sampling: Sampling) -> GenerationConfig:
-        """Return transformers' form of `sampling`, with this tokenizer's eos and pad."""
-        chosen = asdict(sampling)
-        if sampling.temperature == 0:
-            chosen = {name: chosen[name] for name in ("max_new_tokens", "repetition_penalty")}
-        return GenerationConfig(
-            **chosen,
-            do_sample=sampling.temperature > 0,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+    def __str__(self) -> str:
+        return f"{self.model.config.model_type}, {self.weights}, {self.model.device.type}"
 
-    def num_tokens(self, prompt: str) -> int:
-        """Count the tokens of a prompt."""
-        return len(self.tokenizer(prompt, verbose=False).input_ids)
-
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], sampling: Sampling = GREEDY, **extra) -> torch.Tensor:
+    def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = GREEDY, **extra) -> torch.Tensor:
         """Return the new token ids after each prompt, int64 (number of prompts, new tokens), eos and pad included."""
-        inputs = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.model.device)
-        output = self.model.generate(**inputs, generation_config=self.generation_config(sampling), **extra)
+        ids = [self.tokenizer(each).input_ids if isinstance(each, str) else list(each) for each in prompts]
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                generation_config=sampling.generation_config(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id),
+                logits_processor=sampling.processors(self.model.device),
+                **extra,
+            )
         return output[:, inputs.input_ids.shape[1] :]
 
     def answer(self, prompts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
         """Return the answers to several prompts, generated in one batch padded on the left."""
         return self.tokenizer.batch_decode(self.generate(prompts, sampling), skip_special_tokens=True)
 
-    def stream(self, prompt: str, sampling: Sampling = GREEDY) -> "Reply":
+    def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:
         """Return the answer to a prompt as a reply that grows while it is iterated."""
         return Reply(self, prompt, sampling)
 
-    def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> "Reply":
+    def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> Reply:
         """Return the reply to a conversation of {"role", "content"} messages, the user's last.
 
-        Where the conversation and an answer of the longest length do not fit, the oldest turns are left out.
+        Where the conversation and an answer of the longest length do not fit, the oldest turns are left out, and then
+        the beginning of the question, as in training. Raises ValueError if the roles do not alternate.
         """
-        room = self.tokenizer.model_max_length - sampling.max_new_tokens
-        messages = list(messages)
-        oldest = sum(message["role"] == "system" for message in messages[:1])
-        while len(messages) > oldest + 2 and self.num_tokens(build_chat_prompt(messages)) > room:
-            del messages[oldest : oldest + 2]
-        return self.stream(build_chat_prompt(messages), sampling)
+        system, turns = split_system(messages)
+        contents = [turn["content"] for turn in turns]
+        history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
+        row = Row(contents[-1], "", "", "", history, system)
+        # An answer may ask for no more than half of what the model reads at once, so that it has something to read.
+        room = min(sampling.max_new_tokens, self.tokenizer.model_max_length // 2)
+        prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
+        longest = max(1, min(sampling.max_new_tokens, self.tokenizer.model_max_length - len(prompt)))
+        return Reply(self, prompt, replace(sampling, max_new_tokens=longest), turns_left_out, tokens_left_out)
 
 
-class Reply:
-    """An answer in pieces; joined they are the full decode.
-
-    Iterating starts the generation; closing the iterator ends it within one token. `finish_reason` is then "eos",
-    "length" (the token limit), "marker" (the model began the next turn) or "cancelled".
-    """
-
-    def __init__(self, chat: ChatModel, prompt: str, sampling: Sampling):
-        self.chat = chat
-        self.prompt = prompt
-        self.sampling = sampling
-        self.token_ids: list[int] = []
-        self.finish_reason = "cancelled"
-        self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
-        self._cancelled = threading.Event()
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield text that can no longer change, as soon as it is settled; a reply is iterated once."""
-        assert not self.token_ids, f"iterated again after {len(self.token_ids)} tokens"
-        worker = threading.Thread(target=self._generate, daemon=True)
-        worker.start()
-        sent = 0
-        try:
-            while (token := self._tokens.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                self.token_ids.append(token)
-                text, stopped = cut_at_marker(self._decode())
-                settled = text if stopped else text[: settled_length(text)]
-                if len(settled) > sent:
-                    yield settled[sent:]
-                    sent = len(settled)
-                if stopped:
-                    self.finish_reason = "marker"
-                    return
-            text = self._decode()
-            if len(text) > sent:
-                yield text[sent:]
-            ended = bool(self.token_ids) and self.token_ids[-1] == self.chat.tokenizer.eos_token_id
-            self.finish_reason = "eos" if ended else "length"
-        finally:
-            self._cancelled.set()
-            worker.join()
-
-    def _decode(self) -> str:
-        return self.chat.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-
-    def _generate(self) -> None:
-        """Generate in a thread of its own: every token goes into the queue, then None, or the error that came."""
-        try:
-            self.chat.generate(
-                [self.prompt],
-                self.sampling,
-                streamer=_QueueStreamer(self._tokens),
-                stopping_criteria=StoppingCriteriaList([_StopWhenSet(self._cancelled)]),
-            )
-            self._tokens.put(None)
-        except BaseException as error:
-            self._tokens.put(error)
+def choose_device(device: str) -> str:
+    """Return the device of "auto", or the one given; raise UserError if it is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or see nvidia-smi")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}; expected auto, cpu, cuda or cuda:0") from None
+    return device
 
 
-def settled_length(text: str) -> int:
-    """Return how many characters of a growing text can no longer change.
-
-    A last U+FFFD may be the beginning of a character whose bytes are still to come (an incomplete tail decodes to
-    exactly one), and a last line may be the beginning of a stop marker.
-    """
-    settled = len(text) - text.endswith("\ufffd")
-    for marker in STOP_MARKERS:
-        for length in range(len(marker) - 1, 0, -1):
-            if text.endswith(marker[:length]):
-                settled = min(settled, len(text) - length)
-                break
-    return settled
+def choose_dtype(device: str) -> torch.dtype:
+    """Return the type of weights that a device computes fastest without an overflow."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # On a processor without instructions for bf16 every product would be converted.
+    return torch.bfloat16 if device == "cpu" and has_bf16_instructions() else torch.float32
 
 
-def cut_at_marker(text: str) -> tuple[str, bool]:
-    """Cut the text where a stop marker begins; return it and whether there was one."""
-    found = [position for marker in STOP_MARKERS if (position := text.find(marker)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+def has_bf16_instructions() -> bool:
+    """Tell whether this processor multiplies bf16 by itself."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-class _QueueStreamer(BaseStreamer):
-    """Puts each new token id into a queue; the first call brings the prompt, which is left out."""
-
-    def __init__(self, tokens: queue.Queue):
-        self.tokens = tokens
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.tokens.put(int(value))
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        pass
-
-
-class _StopWhenSet(StoppingCriteria):
-    """Ends generation after the token during which an event was set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+def context_length(config: PretrainedConfig) -> int:
+    """Return how many tokens a model reads at once, as its config tells."""
+    names = ("max_position_embeddings", "seq_length", "n_positions")  # Falcon's, BLOOM's, and GPT-2's
+    found = [length for name in names if isinstance(length := getattr(config, name, None), int) and length > 0]
+    return found[0] if found else USUAL_LENGTH
 
 
 def recall(chat: ChatModel, data: str, number: int) -> int:
@@ -239,36 +164,74 @@ def recall(chat: ChatModel, data: str, number: int) -> int:
     return num_right
 
 
-def talk(chat: ChatModel) -> None:
-    """Hold a conversation in the terminal until an empty line or the end of input."""
+def talk(chat: ChatModel, sampling: Sampling) -> None:
+    """Hold a conversation in the terminal until an empty line or the end of input; Ctrl-C ends a reply."""
     messages: list[dict[str, str]] = []
     while question := _ask():
-        messages.append({"role": "user", "content": question})
-        pieces = []
-        for piece in chat.reply(messages, Sampling()):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        reply = chat.reply([*messages, {"role": "user", "content": question}], sampling)
+        if notice := left_out(reply):
+            print(f"({notice})")
+        start, pieces = time.monotonic(), []
+        try:
+            with closing(iter(reply)) as growing:
+                for piece in growing:
+                    pieces.append(piece)
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print(f"\n({footer(reply, time.monotonic() - start)})")
+        if pieces:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def left_out(reply: Reply) -> str:
+    """Say what of the conversation the model has not read; nothing if it has read all."""
+    turns = f"the oldest {reply.turns_left_out} turns of the conversation" if reply.turns_left_out else ""
+    tokens = f"the first {reply.tokens_left_out} tokens of the question" if reply.tokens_left_out else ""
+    return f"{' and '.join(filter(None, (turns, tokens)))} did not fit and were left out" if turns or tokens else ""
+
+
+def footer(reply: Reply, seconds: float) -> str:
+    """Say how long a reply is, how fast it came, and why it ended unless the model ended it."""
+    why = {"length": "; cut at the token limit", "cancelled": "; stopped"}.get(reply.finish_reason, "")
+    return f"{len(reply.token_ids)} tokens, {len(reply.token_ids) / seconds:.1f} a second{why}"
 
 
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Add the flags that say where and how a checkpoint is loaded."""
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--quantize", default="none", choices=QUANTIZATIONS, help="int8: 8-bit weights, for a fast answer from a CPU"
+    )
 
 
 def main() -> None:
     """Talk to a checkpoint, or check what it recalls of its training rows."""
     parser = ArgumentParser(description="Talk to a checkpoint in the terminal; an empty line ends.")
-    parser.add_argument("checkpoint", help="a model folder or a hub id")
+    parser.add_argument("checkpoint", help="a model folder, a LoRA adapter's folder or a hub id")
     parser.add_argument("--recall", metavar="DATA", help="instead, ask rows of these shards and compare the answers")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to ask, the first of each shard")
+    add_model_arguments(parser)
+    for name in BOUNDS:
+        default = getattr(Sampling, name)
+        parser.add_argument(f"--{name}", type=type(default or 0), default=default, help=f"default {default}")
     arguments = parser.parse_args()
-    chat = ChatModel.load(arguments.checkpoint)
+    sampling = Sampling(**{name: getattr(arguments, name) for name in BOUNDS})
+    try:
+        sampling.check()
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    chat = ChatModel.load(arguments.checkpoint, arguments.device, quantization=arguments.quantize)
     if not arguments.recall:
-        talk(chat)
+        talk(chat, sampling)
         return
     num_right = recall(chat, arguments.recall, arguments.rows)
     print(f"\n{num_right} of {arguments.rows} answers are the trained ones")

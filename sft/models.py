@@ -130,6 +130,33 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_adapter(folder: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """Return the base model with a LoRA adapter's weights added to its own, and the tokenizer; None if it is none.
+
+    The tokenizer is the adapter folder's if it has one. Raises UserError if the base model that it names cannot be
+    loaded, or is another one than the adapter was made for.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig, PeftModel  # seconds that only an adapter is worth
+
+    try:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        located = locate(base)
+        load_config(located)
+    except Exception as error:
+        raise UserError(
+            f"{folder} is a LoRA adapter whose base model cannot be found: {one_line(error)}; write the path of the "
+            'base model\'s folder as "base_model_name_or_path" into its adapter_config.json'
+        ) from None
+    has_tokenizer = (Path(folder) / "tokenizer.json").is_file()
+    model, tokenizer = load_model(located, dtype), load_tokenizer(folder if has_tokenizer else located)
+    try:
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True), tokenizer
+    except Exception as error:
+        raise UserError(f"the LoRA adapter {folder} does not fit its base model {base}: {one_line(error)}") from None
+
+
 def load_model(name_or_path: str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None) -> PreTrainedModel:
     """Return the model with its weights in `dtype`; no device map, so DeepSpeed may place them.
 

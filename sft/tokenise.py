@@ -136,10 +136,29 @@ class Encoder:
             firsts.append(own)
         return firsts
 
+    def encode_prompt(self, row: Row, num_new_tokens: int) -> tuple[list[int], int, int]:
+        """Return the prompt for a reply of `num_new_tokens` to a row's last question, shortened as in training.
+
+        With it come the number of oldest turns and the number of the question's tokens that are left out of it.
+        """
+        last = len(row.history)
+        room = [self.eos] * num_new_tokens
+        first = self._first_fitting(row, self._first_turns([row])[0][last], last, room)
+        if first <= last:
+            [prompt] = self._encode_prompts([_turn(row, first, last)])
+            return prompt, first, 0
+        whole = self._encode_prompts([_turn(row, last, last)])[0]
+        prompt = self._shorten(row, last, last, room).prompt
+        return prompt, last, len(whole) - len(prompt)
+
+    def _first_fitting(self, row: Row, first: int, last: int, answer: list[int]) -> int:
+        """Return the first turn, from `first` on, whose history fits before an answer; `last + 1` if none does."""
+        return bisect_left(range(last + 1), True, first, key=lambda start: self._fits(row, start, last, answer))
+
     def _shorten(self, row: Row, first: int, last: int, answer: list[int]) -> Example:
         """Fit a turn and its answer into `max_length` tokens: the oldest turns go whole, then the user's text, then
         the answer's end."""
-        fitting = bisect_left(range(last + 1), True, first + 1, key=lambda start: self._fits(row, start, last, answer))
+        fitting = self._first_fitting(row, first + 1, last, answer)
         if fitting <= last:
             [prompt] = self._encode_prompts([_turn(row, fitting, last)])
             return Example(prompt, answer, _turns_note(fitting, last))
