@@ -1,7 +1,6 @@
 """One question to one or more checkpoints, from its coming to its last token: checked, in line, streamed, told."""
 
 import asyncio
-import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,6 @@ class Progress:
     ahead: int = 0
     answers: list[str] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
-    seconds: float = 0.0  # since the first of the replies was begun
     finished: bool = False
 
 
@@ -68,14 +66,13 @@ class Answering:
                     return
             yield Progress()
             replies = await self._prepare(conversations, sampling)
-            start = time.monotonic()
             progress = Progress(answers=[""] * len(replies), replies=replies)
             async for number, piece in merge(replies):
                 progress.answers[number] += piece
-                yield replace(progress, answers=list(progress.answers), seconds=time.monotonic() - start)
+                yield replace(progress, answers=list(progress.answers))
                 if self.is_gone(visitor.session):
                     return
-            yield replace(progress, seconds=time.monotonic() - start, finished=True)
+            yield replace(progress, finished=True)
 
     async def _prepare(self, conversations: Sequence[Messages], sampling: Sampling) -> list[Reply]:
         """Tokenise in a thread: 300,000 characters of history take a moment, in which others want their pages."""

@@ -6,7 +6,6 @@ Usage:
     python -m sft.chat output_dir/demo --recall output_dir/demo_data    # does it give the answers it was taught?
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -171,7 +170,7 @@ def talk(chat: ChatModel, sampling: Sampling) -> None:
         reply = chat.reply([*messages, {"role": "user", "content": question}], sampling)
         if notice := left_out(reply):
             print(f"({notice})")
-        start, pieces = time.monotonic(), []
+        pieces = []
         try:
             with closing(iter(reply)) as growing:
                 for piece in growing:
@@ -179,7 +178,7 @@ def talk(chat: ChatModel, sampling: Sampling) -> None:
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
-        print(f"\n({footer(reply, time.monotonic() - start)})")
+        print(f"\n({footer(reply)})")
         if pieces:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(pieces)}]
 
@@ -191,10 +190,11 @@ def left_out(reply: Reply) -> str:
     return f"{' and '.join(filter(None, (turns, tokens)))} did not fit and were left out" if turns or tokens else ""
 
 
-def footer(reply: Reply, seconds: float) -> str:
+def footer(reply: Reply) -> str:
     """Say how long a reply is, how fast it came, and why it ended unless the model ended it."""
     why = {"length": "; cut at the token limit", "cancelled": "; stopped"}.get(reply.finish_reason, "")
-    return f"{len(reply.token_ids)} tokens, {len(reply.token_ids) / seconds:.1f} a second{why}"
+    num_tokens = len(reply.token_ids)
+    return f"{num_tokens} tokens, {num_tokens / max(reply.seconds, 1e-3):.1f} a second{why}"
 
 
 def _ask() -> str:

@@ -37,18 +37,44 @@ LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", 
 MAX_PARTIAL = 200  # sessions whose stopped answers are kept until their page asks for them
 STORAGE_KEY = "chinese_bloom_conversations"
 CSS = """
-#head { align-items: center; } #head h1 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
+.name h1 { font-size: 1.1rem; margin: 0 44px 0 0; overflow-wrap: anywhere; }
 #conversations .wrap { flex-direction: column; flex-wrap: nowrap; max-height: 45vh; overflow-y: auto; gap: 4px; }
 #conversations label { width: 100%; } #conversations input { display: none; }
 #conversations span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #export a { display: block; text-align: center; padding: 8px; border-radius: 8px; text-decoration: none;
   border: 1px solid var(--border-color-primary); color: var(--body-text-color); font-size: var(--text-sm); }
 #status { min-height: 1.6em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
-.chat { min-height: 240px; }
+.chat { height: calc(100dvh - 270px) !important; min-height: 260px; }
+@media (max-width: 700px) { .two .chat { height: calc(50dvh - 130px) !important; } }
 """
 BUSY = {"value": "", "submit_btn": False, "stop_btn": True}
 READY = {"submit_btn": True, "stop_btn": False}
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+
+
+# The list of conversations stands beside a wide page and would cover a narrow one, so it begins closed.
+HEAD = """<script>
+const opening = setInterval(() => {
+  const button = document.querySelector(".sidebar .toggle-button");
+  if (!button) return;
+  clearInterval(opening);
+  if (window.innerWidth > 900 && !document.querySelector(".sidebar.open")) button.click();
+}, 50);
+</script>"""
+
+
+def build_chatbot(name: str) -> gr.Chatbot:
+    """Return what shows a conversation with one checkpoint: Markdown, code and LaTeX, no file, no tag of HTML."""
+    return gr.Chatbot(
+        label=name,
+        show_label=False,
+        buttons=["copy", "copy_all"],
+        editable="user",
+        latex_delimiters=[dict(zip(("left", "right", "display"), each, strict=True)) for each in LATEX],
+        feedback_options=None,
+        allow_tags=False,
+        elem_classes="chat",
+    )
 
 
 class ChatPage:
@@ -69,7 +95,7 @@ class ChatPage:
             gr.api(self.chat, api_name="chat", concurrency_limit=None)
 
     def _build_sidebar(self) -> None:
-        with gr.Sidebar(width=280):
+        with gr.Sidebar(width=280, open=False):
             self.new = gr.Button(variant="secondary")
             self.list = gr.Radio([], elem_id="conversations", container=False, interactive=True)
             self.title = gr.Textbox(max_length=72, submit_btn="✓", visible=False, elem_id="title")
@@ -83,25 +109,12 @@ class ChatPage:
             self.language = gr.Radio(choices, interactive=True, elem_id="language")
 
     def _build_chat(self) -> None:
-        with gr.Row(elem_id="head"):
-            gr.Markdown(f"# {' · '.join(escape(name) for name in self.names)}")
-        with gr.Row(scale=1, equal_height=True):
-            self.chatbots = [
-                gr.Chatbot(
-                    label=name,
-                    show_label=len(self.names) > 1,
-                    height=300,  # at least; with the scale it fills the window
-                    scale=1,
-                    min_width=300,
-                    buttons=["copy", "copy_all"],
-                    editable="user",
-                    latex_delimiters=[dict(zip(("left", "right", "display"), each, strict=True)) for each in LATEX],
-                    feedback_options=None,
-                    allow_tags=False,
-                    elem_classes="chat",
-                )
-                for name in self.names
-            ]
+        self.chatbots = []
+        with gr.Row(elem_classes="two" if len(self.names) > 1 else None):
+            for name in self.names:
+                with gr.Column(min_width=300):
+                    gr.Markdown(f"# {escape(name)}", elem_classes="name")
+                    self.chatbots.append(build_chatbot(name))
         self.box = gr.Textbox(
             show_label=False, container=False, autofocus=True, submit_btn=True, elem_id="box", max_lines=8
         )

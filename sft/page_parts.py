@@ -84,7 +84,7 @@ def footer(names: Sequence[str], progress: Progress, language: str, stopped: boo
         if reply.tokens_left_out:
             parts.append(say(language, "cut", tokens=reply.tokens_left_out))
         if tokens := len(reply.token_ids):
-            parts.append(say(language, "speed", tokens=tokens, speed=tokens / max(progress.seconds, 1e-3)))
+            parts.append(say(language, "speed", tokens=tokens, speed=tokens / reply.seconds))
         if stopped:
             parts.append(say(language, "cancelled"))
         elif progress.finished:

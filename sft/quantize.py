@@ -60,10 +60,6 @@ class Int8Linear(nn.Module):
         """Raise RuntimeError: a saved folder would lack these weights."""
         raise RuntimeError("int8 weights are not saved; save the model that was quantized")
 
-    def extra_repr(self) -> str:
-        """Return the sizes, for the model's print."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 def pack(weight: torch.Tensor) -> torch.ScriptObject:
     """Return a floating weight (out_features, in_features) as int8 with symmetric scales by row, packed to multiply."""

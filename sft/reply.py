@@ -5,6 +5,7 @@ Shapes: B prompts, V entries of the vocabulary.
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -110,8 +111,8 @@ class Reply:
     """An answer in pieces; joined they are the full decode.
 
     Iterating starts the generation; closing the iterator ends it within one token. `finish_reason` is then "eos",
-    "length" (the token limit), "marker" (the model began the next turn) or "cancelled". `turns_left_out` and
-    `tokens_left_out` say what of the conversation did not fit before it.
+    "length" (the token limit), "marker" (the model began the next turn) or "cancelled". `seconds` is how long it took
+    up to its last token; `turns_left_out` and `tokens_left_out` say what of the conversation did not fit before it.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Reply:
         self.turns_left_out = turns_left_out
         self.tokens_left_out = tokens_left_out
         self.token_ids: list[int] = []
+        self.seconds = 0.0
         self.finish_reason = "cancelled"
         self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
         self._cancelled = threading.Event()
@@ -138,12 +140,13 @@ class Reply:
         assert not self.token_ids, f"iterated again after {len(self.token_ids)} tokens"
         worker = threading.Thread(target=self._generate, daemon=True)
         worker.start()
-        sent = 0
+        sent, start = 0, time.monotonic()
         try:
             while (token := self._tokens.get()) is not None:
                 if isinstance(token, BaseException):
                     raise token
                 self.token_ids.append(token)
+                self.seconds = time.monotonic() - start
                 text, stopped = cut_at_marker(self._decode())
                 settled = text if stopped else text[: settled_length(text)]
                 if len(settled) > sent:

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from sft.answering import Answering, Limits
 from sft.chat import ChatModel
 from sft.guard import Guard, Listeners
-from sft.page import CSS, FONTS, ChatPage
+from sft.page import CSS, FONTS, HEAD, ChatPage
 from sft.program import UserError
 from sft.waiting_line import WaitingLine
 
@@ -63,7 +63,7 @@ def launch(
 ) -> str:
     """Serve a page in threads of its own; return its address. Raises UserError if that cannot be."""
     guard = Middleware(Guard, listeners=listeners, any_host=bool(names))
-    font = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
+    theme = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
     try:
         _, address, _ = page.blocks.queue(max_size=None, api_open=False).launch(
             server_name=host,
@@ -80,8 +80,9 @@ def launch(
             enable_monitoring=False,
             ssr_mode=False,
             pwa=False,
-            theme=font,
+            theme=theme,
             css=CSS,
+            head=HEAD,
             max_file_size=0,
         )
     except OSError as error:
