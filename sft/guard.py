@@ -29,7 +29,7 @@ POST_ROUTES = re.compile(rf"/login/?|{API}/(?:queue/join|cancel|reset|run/predic
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; script-src-attr 'none'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'none'; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
-    "frame-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    "frame-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,

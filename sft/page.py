@@ -4,7 +4,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import gradio as gr
 
@@ -16,6 +15,7 @@ from sft.page_parts import (
     as_history,
     as_message,
     as_messages,
+    as_sampling,
     as_updates,
     escape,
     export_link,
@@ -45,8 +45,13 @@ CSS = """
   border: 1px solid var(--border-color-primary); color: var(--body-text-color); font-size: var(--text-sm); }
 #status { min-height: 1.6em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .chat { height: calc(100dvh - 270px) !important; min-height: 260px; }
+/* HTML of a model's may not lay itself over the page, only over its own bubble. */
+.message-content { contain: content; }
 @media (max-width: 700px) { .two .chat { height: calc(50dvh - 130px) !important; } }
 """
+# How Gradio runs a handler: at once, or in a queue whose order and limits are the waiting line's.
+QUICK = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+SLOW = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
 BUSY = {"value": "", "submit_btn": False, "stop_btn": True}
 READY = {"submit_btn": True, "stop_btn": False}
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
@@ -121,57 +126,50 @@ class ChatPage:
         self.status = gr.Markdown(elem_id="status")
 
     def _build_settings(self) -> None:
-        with gr.Accordion(open=False) as self.settings:
-            self.preset = gr.Radio(list(PRESETS), value="balanced", interactive=True)
-            most = self.answering.limits.max_new_tokens
-            self.numbers = {
-                name: gr.Slider(BOUNDS[name][0], most if name == "max_new_tokens" else BOUNDS[name][1], step=step)
-                for name, step in STEPS.items()
-            }
-            for name, slider in self.numbers.items():
-                slider.value = min(getattr(DEFAULT, name), slider.maximum)
-            self.numbers["seed"] = gr.Number(value=None, precision=0, minimum=0)
+        with gr.Accordion(open=False, elem_id="settings") as self.settings:
+            self.preset = gr.Radio(list(PRESETS), value="balanced", interactive=True, elem_id="preset")
+            self.numbers = {}
+            for name, step in STEPS.items():
+                least, most = BOUNDS[name]
+                most = self.answering.limits.max_new_tokens if name == "max_new_tokens" else most
+                value = min(getattr(DEFAULT, name), most)
+                self.numbers[name] = gr.Slider(least, most, value, step=step, elem_id=name)
+            # An empty gr.Number comes back as 0.
+            self.numbers["seed"] = gr.Textbox(max_length=18, max_lines=1, elem_id="seed")
 
     def _connect_list(self) -> None:
         """What the list of conversations does."""
         shown = {self.store, *self._shown()}
-        quick: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         loaded = {self.store, *self._shown(), *self._labelled()}
-        self.blocks.load(self.on_load, self.store, loaded, **quick)
-        self.language.input(self.on_language, [self.store, self.language], loaded, preprocess=False, **quick)
-        self.new.click(self.changing(conversations.start_new), self.store, shown, **quick)
+        self.blocks.load(self.on_load, self.store, loaded, **QUICK)
+        self.language.input(self.on_language, [self.store, self.language], loaded, preprocess=False, **QUICK)
+        self.new.click(self.changing(conversations.start_new), self.store, shown, **QUICK)
         self.list.input(
-            self.changing(conversations.open_one), [self.store, self.list], shown, preprocess=False, **quick
+            self.changing(conversations.open_one), [self.store, self.list], shown, preprocess=False, **QUICK
         )
-        self.title.submit(self.changing(conversations.rename), [self.store, self.title], shown, **quick)
+        self.title.submit(self.changing(conversations.rename), [self.store, self.title], shown, **QUICK)
         asking = {self.confirming: {"visible": True}, self.delete: {"visible": False}}
         not_asking = {self.confirming: {"visible": False}, self.delete: {"visible": True}}
-        self.delete.click(lambda: as_updates(asking), None, set(asking), **quick)
-        self.cancel.click(lambda: as_updates(not_asking), None, set(asking), **quick)
-        self.confirm.click(self.changing(conversations.delete), self.store, shown, **quick)
+        self.delete.click(lambda: as_updates(asking), None, set(asking), **QUICK)
+        self.cancel.click(lambda: as_updates(not_asking), None, set(asking), **QUICK)
+        self.confirm.click(self.changing(conversations.delete), self.store, shown, **QUICK)
         preset = [self.numbers[name] for name in PRESET_NUMBERS]
-        self.preset.input(lambda name: PRESETS[name], self.preset, preset, **quick)
+        self.preset.input(lambda name: PRESETS[name], self.preset, preset, **QUICK)
 
     def _connect_chat(self) -> None:
         """What sends a question, and what stops an answer."""
         settings = [self.store, *self.numbers.values()]
         outputs = {self.store, self.box, self.status, *self._shown()}
-        slow: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
-        sent = [self.box.submit(self.on_send, [self.box, *settings], outputs, **slow)]
+        sent = [self.box.submit(self.on_send, [self.box, *settings], outputs, **SLOW)]
         for chatbot in self.chatbots:
-            sent.append(chatbot.retry(self.on_retry, settings, outputs, **slow))
-            sent.append(chatbot.edit(self.on_edit, settings, outputs, **slow))
-            sent.append(chatbot.example_select(self.on_example, settings, outputs, **slow))
-            chatbot.undo(self.on_undo, self.store, outputs, api_visibility="private", queue=False)
-            chatbot.clear(
-                self.changing(lambda store: conversations.take_back(store, 0)[0]),
-                self.store,
-                {self.store, *self._shown()},
-                api_visibility="private",
-                queue=False,
-            )
+            sent.append(chatbot.retry(self.on_retry, settings, outputs, **SLOW))
+            sent.append(chatbot.edit(self.on_edit, settings, outputs, **SLOW))
+            sent.append(chatbot.example_select(self.on_example, settings, outputs, **SLOW))
+            chatbot.undo(self.on_undo, self.store, outputs, **QUICK)
+            # Its waste bin takes the conversation off the page and leaves it in the list.
+            chatbot.clear(self.changing(conversations.start_new), self.store, {self.store, *self._shown()}, **QUICK)
         for event in sent:
-            event.then(self.on_end, self.store, outputs, api_visibility="private", queue=False, show_progress="hidden")
+            event.then(self.on_end, self.store, outputs, **QUICK)
         self.box.stop(None, None, None, cancels=sent, api_visibility="private")
 
     def _shown(self) -> list[gr.components.Component]:
@@ -237,17 +235,19 @@ class ChatPage:
         """Return the handler of an event that changes the store by `change`."""
         return lambda store, *values: as_updates(self.show(change(conversations.checked(store), *values)))
 
-    async def on_send(self, request: gr.Request, question: str, store: Store, *settings: float) -> Stream:
+    async def on_send(self, request: gr.Request, question: str, store: Store, *settings: float | str) -> Stream:
         """Answer what was typed."""
         async for updates in self.respond(conversations.checked(store), question, None, settings, request):
             yield updates
 
-    async def on_example(self, request: gr.Request, event: gr.SelectData, store: Store, *settings: float) -> Stream:
+    async def on_example(
+        self, request: gr.Request, event: gr.SelectData, store: Store, *settings: float | str
+    ) -> Stream:
         """Answer an example."""
         async for updates in self.respond(conversations.checked(store), event.value["text"], None, settings, request):
             yield updates
 
-    async def on_retry(self, request: gr.Request, event: gr.RetryData, store: Store, *settings: float) -> Stream:
+    async def on_retry(self, request: gr.Request, event: gr.RetryData, store: Store, *settings: float | str) -> Stream:
         """Answer a question once more."""
         store = conversations.checked(store)
         number = turn_at(conversations.opened(store), event.index)
@@ -255,7 +255,7 @@ class ChatPage:
         async for updates in self.respond(store, question, number, settings, request):
             yield updates
 
-    async def on_edit(self, request: gr.Request, event: gr.EditData, store: Store, *settings: float) -> Stream:
+    async def on_edit(self, request: gr.Request, event: gr.EditData, store: Store, *settings: float | str) -> Stream:
         """Answer a question that was changed."""
         store = conversations.checked(store)
         number = turn_at(conversations.opened(store), event.index)
@@ -269,7 +269,7 @@ class ChatPage:
         return as_updates(self.show(store) | {self.box: {"value": question}})
 
     async def respond(
-        self, store: Store, question: str, number: int | None, settings: Sequence[float], request: gr.Request
+        self, store: Store, question: str, number: int | None, settings: Sequence[float | str], request: gr.Request
     ) -> Stream:
         """Yield the page's updates while a question, behind all turns or in the place of one, is answered."""
         language, visitor = store["language"] or "en", visitor_of(request)
@@ -278,7 +278,7 @@ class ChatPage:
             asked = conversations.ask(store, question, number)
             conversation = conversations.opened(asked)
             told = [conversations.messages(conversation, i) for i in range(len(self.chatbots))]
-            sampling = Sampling(**dict(zip(self.numbers, settings, strict=True)))
+            sampling = as_sampling(dict(zip(self.numbers, settings, strict=True)))
             begun = False
             async with aclosing(self.answering.answer(visitor, told, sampling)) as progresses:
                 async for progress in progresses:

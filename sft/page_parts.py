@@ -12,6 +12,7 @@ from sft import conversations
 from sft.answering import Messages, Progress
 from sft.conversations import Conversation
 from sft.page_text import say
+from sft.reply import Sampling
 from sft.waiting_line import RefusedError, Visitor
 
 Updates = dict[gr.blocks.Block, dict[str, Any]]
@@ -85,7 +86,7 @@ def footer(names: Sequence[str], progress: Progress, language: str, stopped: boo
             parts.append(say(language, "cut", tokens=reply.tokens_left_out))
         if tokens := len(reply.token_ids):
             parts.append(say(language, "speed", tokens=tokens, speed=tokens / reply.seconds))
-        if stopped:
+        if stopped and reply.finish_reason == "cancelled":
             parts.append(say(language, "cancelled"))
         elif progress.finished:
             parts += [say(language, "length")] * (reply.finish_reason == "length")
@@ -110,3 +111,14 @@ def as_history(history: object) -> Messages:
     except (TypeError, KeyError):
         pass
     raise RefusedError("bad_history")
+
+
+def as_sampling(numbers: dict[str, float | str]) -> Sampling:
+    """Return the sampling that a page's settings ask for, an empty seed as none.
+
+    Raises RefusedError for a seed that is no whole number.
+    """
+    seed = str(numbers["seed"] or "").strip()
+    if seed and not (seed.isascii() and seed.isdigit()):
+        raise RefusedError("bad_number", problem=f"seed is {seed!r}; expected a whole number")
+    return Sampling(**{**numbers, "seed": int(seed) if seed else None})
