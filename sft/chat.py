@@ -103,9 +103,9 @@ class ChatModel:
         history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
         row = Row(contents[-1], "", "", "", history, system)
         # An answer may ask for no more than half of what the model reads at once, so that it has something to read.
-        room = min(sampling.max_new_tokens, self.tokenizer.model_max_length // 2)
+        room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
         prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
-        longest = max(1, min(sampling.max_new_tokens, self.tokenizer.model_max_length - len(prompt)))
+        longest = max(1, min(sampling.max_new_tokens, self.encoder.max_length - len(prompt)))
         return Reply(self, prompt, replace(sampling, max_new_tokens=longest), turns_left_out, tokens_left_out)
 
 

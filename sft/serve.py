@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from sft.answering import Answering, Limits
 from sft.chat import ChatModel
 from sft.guard import Guard, Listeners
+from sft.models import locate
 from sft.page import CSS, FONTS, HEAD, ChatPage
 from sft.program import UserError
 from sft.waiting_line import WaitingLine
@@ -26,6 +27,8 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
     host = EVERYWHERE if arguments.listen else LOCAL
     check_port(host, arguments.port)
     checkpoints = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
+    for each in checkpoints:  # a mistake in the second is told before the first is loaded
+        locate(each)
     chats = [ChatModel.load(each, arguments.device, quantization=arguments.quantize) for each in checkpoints]
     listeners = Listeners()
     line = WaitingLine(arguments.max_waiting, arguments.requests_per_minute)

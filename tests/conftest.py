@@ -103,12 +103,15 @@ def run_forked(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def run(cache_dir: Path, run_forked: Callable) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs `python ARGUMENTS` in the project's folder and captures what it prints."""
 
-    def run(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: object, timeout: float = 300, input: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         if arguments[0] == "train_sft.py" and not environment:
             return run_forked([*map(str, arguments)], timeout)
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=PROJECT,
+            input=input,
             env={**os.environ, "HF_DATASETS_CACHE": str(cache_dir), **environment},
             capture_output=True,
             text=True,

@@ -1,21 +1,23 @@
-"""sft/chat.py: streamed pieces are the full decode, batches are single answers, and every way to end is told."""
+"""sft/chat.py: loading of every kind, batches are single answers, and every way to end is told."""
 
-import random
-import threading
+import json
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_SHAPES
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BloomConfig
 
-from sft.chat import GREEDY, ChatModel, Reply, Sampling, cut_at_marker, settled_length
+from sft.chat import ChatModel, context_length
 from sft.models import load_tokenizer
+from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt
+from sft.reply import Sampling, cut_at_marker
 
 QUESTIONS = ["你好", "写一首关于春天的诗，要押韵，还要有山有水。", "1+1=?\n为什么？" * 4, "嗯"]
 PROMPTS = [build_prompt(question) for question in QUESTIONS]
@@ -25,7 +27,7 @@ RARE = "𠀀好😀👨‍👩‍👧é\u0301 Ω\n\n你\u3000\ufeffz"
 
 def load_loud(folder: Path) -> ChatModel:
     """Load a random model with weights so large that what it says depends on the whole prompt."""
-    chat = ChatModel.load(str(folder), device="cpu")
+    chat = ChatModel.load(str(folder), "cpu", dtype="float32")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in chat.model.parameters():
@@ -44,11 +46,6 @@ def one_chat(make_model: Callable[[str], Path]) -> ChatModel:
     return load_loud(make_model("bloom-tiny"))
 
 
-@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
-def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(make_model(request.param)))
-
-
 @pytest.fixture
 def on_forward(one_chat: ChatModel) -> Iterator[Callable]:
     """Return a function that has every forward of `one_chat` call another one with its output."""
@@ -56,38 +53,6 @@ def on_forward(one_chat: ChatModel) -> Iterator[Callable]:
     yield lambda call: handles.append(one_chat.model.register_forward_hook(lambda *arguments: call(arguments[-1])))
     for handle in handles:
         handle.remove()
-
-
-class Script:
-    """Stands in for a ChatModel: its model "generates" given token ids, the last one when `before_last` returns."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        token_ids: Sequence[int],
-        before_last: Callable[[], object] = lambda: None,
-    ):
-        self.tokenizer = tokenizer
-        self.token_ids = token_ids
-        self.before_last = before_last
-
-    def generate(self, prompts, sampling, streamer, stopping_criteria):
-        streamer.put(torch.tensor([[1, 2, 3]]))
-        for token_id in self.token_ids[:-1]:
-            streamer.put(torch.tensor([token_id]))
-        self.before_last()
-        streamer.put(torch.tensor(self.token_ids[-1:]))
-        streamer.end()
-
-
-def reply_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> Reply:
-    return Reply(Script(tokenizer, token_ids), "", GREEDY)
-
-
-def byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Spell a text with one token for every byte of its UTF-8."""
-    [(letters, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-    return tokenizer.convert_tokens_to_ids(list(letters))
 
 
 def test_greedy_pieces_are_the_full_decode(chat: ChatModel):
@@ -109,82 +74,6 @@ def test_sampled_junk_pieces_are_the_full_decode(chat: ChatModel):
         assert texts[-1] == cut_at_marker(full)[0]
     assert len(set(texts)) == 3
     assert any("\ufffd" in text for text in texts)
-
-
-def test_any_bytes_stream_to_their_full_decode(tokenizer: PreTrainedTokenizerBase):
-    rng = random.Random(0)
-    spelled = byte_tokens(tokenizer, RARE + "\n### InstructioHuman:\ufffd")
-    for _ in range(100):
-        start = rng.randrange(len(spelled))
-        token_ids = [*spelled[start : start + 12], *rng.choices(spelled, k=8), tokenizer.eos_token_id, *spelled[:3]]
-        assert "".join(reply_of(tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("text", [RARE, "你好", "😀😀", "a\ufffdb\ufffd", "\nHuman", "\n### Instructor\n"])
-def test_bytes_one_at_a_time_stream_to_exactly_the_characters(tokenizer: PreTrainedTokenizerBase, text: str):
-    assert "".join(reply_of(tokenizer, byte_tokens(tokenizer, text))) == text
-
-
-def test_characters_come_one_by_one(tokenizer: PreTrainedTokenizerBase):
-    assert list(reply_of(tokenizer, byte_tokens(tokenizer, "𠀀好😀z"))) == ["𠀀", "好", "😀", "z"]
-
-
-def test_first_piece_comes_before_the_last_token(tokenizer: PreTrainedTokenizerBase):
-    first_piece_seen = threading.Event()
-    waits = []
-    script = Script(tokenizer, byte_tokens(tokenizer, "好的"), lambda: waits.append(first_piece_seen.wait(5)))
-    for _ in Reply(script, "", GREEDY):
-        first_piece_seen.set()
-    assert waits == [True]
-
-
-@pytest.mark.parametrize(
-    ("text", "settled"),
-    [
-        ("", 0),
-        ("你好", 2),
-        ("你\ufffd", 1),
-        ("\ufffd\ufffd", 1),
-        ("\ufffd好", 2),
-        ("好\n", 1),
-        ("好\nHum", 1),
-        ("好\nHuman", 1),
-        ("好\n### Instructio", 1),
-        ("好\n\n", 2),
-        ("好\nHumus", 7),
-        ("好\n#\ufffd", 3),
-        ("好\nHum!", 6),
-        ("Hum", 3),
-    ],
-)
-def test_settled_length(text: str, settled: int):
-    assert settled_length(text) == settled
-
-
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("好", ("好", False)),
-        ("好\nHuman", ("好\nHuman", False)),
-        ("好\nHuman:再问", ("好", True)),
-        ("好\n\n### Instruction:\n", ("好\n", True)),
-        ("一\n### Instruction\nHuman:", ("一", True)),
-        ("一\nHuman:\n### Instruction", ("一", True)),
-        ("Human:", ("Human:", False)),
-    ],
-)
-def test_cut_at_marker(text: str, cut: tuple[str, bool]):
-    assert cut_at_marker(text) == cut
-
-
-def test_reply_that_runs_into_the_next_turn_is_cut(tokenizer: PreTrainedTokenizerBase):
-    reply = reply_of(tokenizer, byte_tokens(tokenizer, "好的。\nHuman:再问\nAssistant:嗯"))
-    assert "".join(reply) == "好的。"
-    assert reply.finish_reason == "marker"
-
-
-def test_text_after_a_literal_replacement_character_is_not_held_back(tokenizer: PreTrainedTokenizerBase):
-    assert list(reply_of(tokenizer, byte_tokens(tokenizer, "一\ufffd二三")))[-2:] == ["二", "三"]
 
 
 def test_batch_answers_are_the_single_answers(chat: ChatModel):
@@ -259,15 +148,33 @@ def test_oldest_turns_are_left_out_where_they_do_not_fit(
     candidates = [build_chat_prompt([*system, *turns[start:]]) for start in range(0, len(turns), 2)]
     lengths = [len(one_chat.tokenizer(candidate).input_ids) for candidate in candidates]
     assert lengths == sorted(lengths, reverse=True)
-    for room in (lengths[0], lengths[0] - 1, lengths[2], lengths[3] - 1, 10):
-        monkeypatch.setattr(one_chat.tokenizer, "model_max_length", room + SHORT.max_new_tokens)
-        fitting = [prompt for prompt, length in zip(candidates, lengths, strict=True) if length <= room]
+    for room in (lengths[0], lengths[0] - 1, lengths[2], lengths[3] - 1, lengths[-1]):
+        monkeypatch.setattr(one_chat.encoder, "max_length", room + SHORT.max_new_tokens)
+        fitting = next(number for number, length in enumerate(lengths) if length <= room)
         reply = one_chat.reply([*system, *turns], SHORT)
-        assert reply.prompt == (fitting or candidates[-1:])[0]
+        assert one_chat.tokenizer.decode(reply.prompt) == candidates[fitting]
+        assert (reply.turns_left_out, reply.tokens_left_out) == (fitting, 0)
+        assert reply.sampling == SHORT
+
+
+def test_question_that_does_not_fit_loses_its_beginning_and_keeps_the_template(
+    one_chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(one_chat.encoder, "max_length", 200)
+    messages = [{"role": role, "content": "从前有座山。" * 200} for role in ("user", "assistant", "user")]
+    reply = one_chat.reply(messages, Sampling(max_new_tokens=500))
+    text = one_chat.tokenizer.decode(reply.prompt)
+    assert len(reply.prompt) <= 100 and reply.turns_left_out == 1
+    assert reply.tokens_left_out == len(one_chat.tokenizer(build_prompt(messages[0]["content"])).input_ids) - len(
+        reply.prompt
+    )
+    before, after = build_prompt("|").split("|")
+    assert text.startswith(before) and text.endswith("从前有座山。" + after)
+    assert reply.sampling.max_new_tokens == 200 - len(reply.prompt)
 
 
 def test_reply_leaves_the_callers_messages_alone(one_chat: ChatModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(one_chat.tokenizer, "model_max_length", 10)
+    monkeypatch.setattr(one_chat.encoder, "max_length", 10)
     messages = [{"role": role, "content": "好"} for role in ("user", "assistant", "user")]
     one_chat.reply(messages, SHORT)
     assert len(messages) == 3
@@ -293,12 +200,83 @@ def test_sampling_depends_on_the_seed_and_greedy_does_not(one_chat: ChatModel):
     assert (len(answers[warm]), len(answers[cold])) == (4, 1)
 
 
-def test_checkpoint_is_loaded_in_fp32_on_the_cpu(make_model: Callable[[str], Path]):
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_weights_on_a_cpu_are_bf16_where_it_computes_in_it(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+):
+    capabilities = {"avx512_bf16": has_instructions, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     chat = ChatModel.load(str(make_model("falcon-tiny")), device="cpu")
-    plain = AutoModelForCausalLM.from_pretrained(make_model("falcon-tiny"))
+    dtype = torch.bfloat16 if has_instructions else torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(make_model("falcon-tiny"), dtype=dtype)
     assert not chat.model.training
-    assert chat.model.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(chat.model.parameters(), plain.parameters(), strict=True))
+    assert str(chat) == f"falcon, {'bfloat16' if has_instructions else 'float32'}, cpu"
+
+
+def test_int8_weights_answer_and_say_so(make_model: Callable[[str], Path]):
+    chat = ChatModel.load(str(make_model("bloom-tiny")), device="cpu", quantization="int8")
+    plain = ChatModel.load(str(make_model("bloom-tiny")), device="cpu", dtype="float32")
+    assert str(chat) == "bloom, int8, cpu"
+    ids = chat.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        logits, exact = (each.model(ids).logits for each in (chat, plain))
+    assert 0 < (logits - exact).abs().max() < 0.05 * exact.abs().max()
+    assert len(chat.answer(PROMPTS, SHORT)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny"])
+def test_lora_folder_answers_as_its_base_with_the_adapter(
+    make_model: Callable[[str], Path], tmp_path: Path, shape: str
+):
+    base = AutoModelForCausalLM.from_pretrained(make_model(shape))
+    config = LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path)
+    chat = ChatModel.load(str(tmp_path), "cpu", dtype="float32")
+    ids = chat.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected, without = adapted(ids).logits, adapted.disable_adapter
+        torch.testing.assert_close(chat.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        with without():
+            assert (adapted(ids).logits - expected).abs().max() > 1e-3
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "nowhere/x"}))
+    with pytest.raises(UserError, match="LoRA adapter whose base model cannot be found.*nowhere/x"):
+        ChatModel.load(str(tmp_path), "cpu")
+    other = "falcon-tiny" if shape == "bloom-tiny" else "bloom-tiny"
+    wrong = {**settings, "base_model_name_or_path": str(make_model(other))}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="does not fit its base model"):
+        ChatModel.load(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "tpu:0"])
+def test_device_that_is_not_here_is_refused(make_model: Callable[[str], Path], device: str):
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=f"--device {device}: .*expected"):
+        ChatModel.load(str(make_model("bloom-tiny")), device)
+
+
+def test_length_that_the_tokenizer_does_not_know_is_the_configs(make_model: Callable[[str], Path]):
+    folder = make_model("bloom-tiny")
+    tokenizer = load_tokenizer(str(folder), model_max_length=int(1e30))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.seq_length = 777
+    assert ChatModel(model, tokenizer).encoder.max_length == 777
+    assert context_length(BloomConfig()) == 2048
+
+
+def test_talk_in_the_terminal(make_model: Callable[[str], Path], run: Callable):
+    folder = make_model("bloom-tiny")
+    command = ["-m", "sft.chat", folder, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "5"]
+    result = run(*command, input="你好\n再说一遍\n\n")
+    assert result.returncode == 0
+    assert result.stdout.count("> ") == 3
+    assert len(re.findall(r"\(5 tokens, [\d.]+ a second; cut at the token limit\)", result.stdout)) == 2
+    wrong = run("-m", "sft.chat", folder, "--temperature", "7")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --temperature is 7.0; expected 0.0 to 2.0\n")
 
 
 def test_conversation_without_a_turn_is_refused_as_every_wrong_order(make_model: Callable[[str], Path]):

@@ -119,7 +119,7 @@ def test_each_of_many_users_has_the_answer_to_their_own_conversation_in_the_orde
             events[event] = history_of(user)[0]["content"]
             return list(listen(client, event))
 
-    with Gate(page.chat) as gate, ThreadPoolExecutor(USERS) as pool:
+    with ThreadPoolExecutor(USERS) as pool, Gate(page.chat) as gate:
         answers = [pool.submit(use, user) for user in range(USERS)]
         assert wait_until(lambda: len(page.line.tickets) == len(events) == USERS)
         order = list(page.page.blocks._queue.event_ids_to_events)
@@ -130,7 +130,7 @@ def test_each_of_many_users_has_the_answer_to_their_own_conversation_in_the_orde
 
 
 def test_the_line_is_full_politely_and_goes_on_afterwards(page):
-    with Gate(page.chat) as gate, page.client() as client, ThreadPoolExecutor(USERS) as pool:
+    with ThreadPoolExecutor(USERS) as pool, page.client() as client, Gate(page.chat) as gate:
         answers = [pool.submit(page.ask) for _ in range(USERS)]
         assert wait_until(lambda: len(page.line.tickets) == USERS)
         for _ in range(5):
@@ -143,7 +143,7 @@ def test_the_line_is_full_politely_and_goes_on_afterwards(page):
 
 def test_a_session_asks_one_question_at_a_time(page):
     number, data = event_number(page.page, "chat"), [QUESTION, None, *PARAMETERS.values()]
-    with Gate(page.chat) as gate, page.client() as client:
+    with page.client() as client, Gate(page.chat) as gate:
         for session in ("one", "one", "another"):
             post_event(client, session, number, data)
         ended = []
@@ -187,7 +187,7 @@ def drop_while_waiting(page: Served, event: str) -> None:
 def wave(page: Served) -> None:
     """Let `CLIENTS` ask for long answers and vanish, a third each: unheard, after a piece, and while they wait."""
     limits = httpx.Limits(max_connections=None)
-    with Gate(page.chat) as gate, page.client(limits=limits) as client, ThreadPoolExecutor(CLIENTS) as pool:
+    with page.client(limits=limits) as client, ThreadPoolExecutor(CLIENTS) as pool, Gate(page.chat) as gate:
         events = list(pool.map(lambda _: join(client, **LONG), range(CLIENTS)))
         assert wait_until(lambda: len(page.line.tickets) >= CLIENTS // 3)
 
@@ -265,7 +265,7 @@ def answer_in(message: dict) -> list:
 
 def test_the_end_of_a_page_ends_waiting_and_answering(page):
     """A visitor who goes while waiting, and no other, loses the place."""
-    with Gate(page.chat) as gate, page.client() as client, ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, page.client() as client, Gate(page.chat) as gate:
         first = pool.submit(page.ask)
         assert wait_until(lambda: len(page.line.tickets) == 1)
         drop_while_waiting(page, join(client))
