@@ -44,7 +44,7 @@ CSS = """
 #export a { display: block; text-align: center; padding: 8px; border-radius: 8px; text-decoration: none;
   border: 1px solid var(--border-color-primary); color: var(--body-text-color); font-size: var(--text-sm); }
 #status { min-height: 1.6em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
-.chat { height: calc(100dvh - 270px) !important; min-height: 260px; }
+.chat { height: calc(100dvh - 240px) !important; min-height: 260px; }
 /* HTML of a model's may not lay itself over the page, only over its own bubble. */
 .message-content { contain: content; }
 @media (max-width: 700px) { .two .chat { height: calc(50dvh - 130px) !important; } }
@@ -90,7 +90,7 @@ class ChatPage:
         self.answering = answering
         self.names = list(names)
         self.partial: OrderedDict[str, Progress] = OrderedDict()
-        with gr.Blocks(title="chinese_bloom", fill_height=True, analytics_enabled=False) as self.blocks:
+        with gr.Blocks(title="chinese_bloom", fill_width=True, analytics_enabled=False) as self.blocks:
             self.store = gr.BrowserState(conversations.blank(), storage_key=STORAGE_KEY, secret=STORAGE_KEY)
             self._build_sidebar()
             self._build_chat()
@@ -103,7 +103,7 @@ class ChatPage:
         with gr.Sidebar(width=280, open=False):
             self.new = gr.Button(variant="secondary")
             self.list = gr.Radio([], elem_id="conversations", container=False, interactive=True)
-            self.title = gr.Textbox(max_length=72, submit_btn="✓", visible=False, elem_id="title")
+            self.title = gr.Textbox(max_length=72, max_lines=1, submit_btn="✓", visible=False, elem_id="title")
             # A gr.HTML would need the page to be allowed to evaluate strings; this link holds no text of a model's.
             self.export = gr.Markdown(elem_id="export", visible=False, sanitize_html=False)
             self.delete = gr.Button(size="sm", visible=False, elem_id="delete")

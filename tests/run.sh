@@ -4,6 +4,13 @@ set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt" "$here/tests/requirements.txt"
+# The chat page is tested in a browser; where none can be installed, those tests are skipped and say so.
+if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null && [ "$(id -u)" = 0 ] &&
+    command -v apt-get >/dev/null; then
+    echo "installing chromium for the tests of the chat page"
+    { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "chromium cannot be installed" >&2
+fi
 cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -1,28 +1,19 @@
 """A page served in this process by a tiny model, and Gradio's HTTP API in a few functions."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import torch
 
 QUESTION = "写一首诗。"
 API = "/gradio_api"
-PARAMETERS = {
-    "max_new_tokens": 8,
-    "temperature": 0,
-    "top_p": 1,
-    "top_k": 0,
-    "repetition_penalty": 1,
-    "seed": None,
-}
+JSON = {"Content-Type": "application/json"}
+PARAMETERS = dict(max_new_tokens=8, temperature=0, top_p=1, top_k=0, repetition_penalty=1, seed=None)
 
 
 class AnsweredWithError(Exception):
@@ -34,22 +25,18 @@ class Served:
     """A page that is being served, and what stands behind it."""
 
     address: str
+    port: int
     chat: Any
     page: Any
     line: Any
     listeners: Any
-
-    @property
-    def port(self) -> int:
-        """The port on 127.0.0.1."""
-        return urlsplit(self.address).port
 
     def client(self, **options: Any) -> httpx.Client:
         """Return a client of this page alone; its connections are its own."""
         return httpx.Client(**{"base_url": self.address, "timeout": 60, "trust_env": False, **options})
 
     def ask(self, message: Any = QUESTION, history: Any = None, **parameters: Any) -> str:
-        """Return the answer to a question in one connection; raise AnsweredWithError where there is none."""
+        """Return the answer to a question; raise AnsweredWithError where there is none."""
         with self.client() as client:
             return list(listen(client, join(client, message, history, **parameters)))[-1]
 
@@ -82,9 +69,6 @@ def join(client: httpx.Client, message: Any = QUESTION, history: Any = None, **p
     response = client.post(f"{API}/call/chat", content=json.dumps({"data": data}), headers=JSON)
     response.raise_for_status()
     return response.json()["event_id"]
-
-
-JSON = {"Content-Type": "application/json"}
 
 
 def listen(client: httpx.Client, event: str) -> Iterator[str]:
@@ -126,21 +110,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return bool(true)
 
 
-def generating() -> Iterable[threading.Thread]:
-    """Return the threads in which replies are generated."""
-    return [thread for thread in threading.enumerate() if "_generate" in thread.name]
-
-
 @contextmanager
 def watched(chat: Any, before: Callable[[], None] = lambda: None) -> Iterator[list[float]]:
     """Call `before` ahead of each forward of the model; yield a list that holds the time of each."""
     times: list[float] = []
-
-    def note(module: torch.nn.Module, inputs: tuple) -> None:
-        before()
-        times.append(time.monotonic())
-
-    hook = chat.model.register_forward_pre_hook(note)
+    hook = chat.model.register_forward_pre_hook(lambda *_: (before(), times.append(time.monotonic()))[:0] or None)
     try:
         yield times
     finally:

@@ -12,6 +12,7 @@ from conftest import PROJECT, SAMPLE
 
 READMES = ["README.md", "README_zh.md"]
 NOT_OURS = ("output_dir", "data_proj/opendata", "my_rows", ".venv", "bigscience/", "tiiuae/", "/path/to", "alpaca_zh")
+NOT_OURS += ("http", "Content-Type")
 
 
 def text_of(name: str) -> str:
@@ -65,11 +66,12 @@ def test_every_flag_and_variable_is_known(name):
     parser = Parser((ModelArguments, DataArguments, TrainingArguments))
     known = {option for action in parser._actions for option in action.option_strings}
     known |= {"--demo", "--checkpoint"}
-    programs = [*PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("sft/*.py"), PROJECT / "tests" / "conftest.py"]
+    programs = [*PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("sft/*.py"), *PROJECT.glob("app.py")]
+    programs += [PROJECT / "tests" / "conftest.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in programs)
-    known |= set(re.findall(r'add(?:_argument|option)\("(--\w+)"', source))
+    known |= set(re.findall(r'add(?:_argument|option)\(\s*"(--\w+)"', source))
     assert set(re.findall(r"(?<![\w-])--\w+", text_of(name))) <= known
-    sources = [*PROJECT.glob("*.sh"), *PROJECT.glob("data_proj/*.ipynb")]
+    sources = [*PROJECT.glob("*.sh"), *PROJECT.glob("data_proj/*.ipynb"), PROJECT / "app.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in sources) + "HF_ENDPOINT"
     variables = set(re.findall(r"\b([A-Z_]{4,})=", text_of(name)))
     assert len(variables) > 5 and [variable for variable in variables if variable not in source] == []
