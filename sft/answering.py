@@ -41,9 +41,9 @@ class Answering:
         chats: Sequence[ChatModel],
         line: WaitingLine,
         limits: Limits = Limits(),
-        is_gone: Callable[[str], bool] = lambda session: False,
+        is_gone: Callable[..., bool] = lambda *sessions: False,
     ):
-        """Take the checkpoints, the line, and a function that tells whether nobody listens to a session any more."""
+        """Take the checkpoints, the line, and a function that tells whether nobody listens any more."""
         self.chats = list(chats)
         self.line = line
         self.limits = limits
@@ -54,15 +54,15 @@ class Answering:
     ) -> AsyncIterator[Progress]:
         """Yield the progress of the answers to one conversation for each checkpoint, the first ones perhaps alone.
 
-        Closing the iterator ends the generation within one token, and so does a visitor who goes away. Raises
-        RefusedError where a limit is met.
+        The last one is `finished`, unless the visitor has gone away. Closing the iterator ends the generation within
+        one token. Raises RefusedError where a limit is met.
         """
         self.check(conversations, sampling)
         async with self.line.join(visitor) as ticket:
             while ahead := ticket.place:
                 yield Progress(ahead)
                 await ticket.wait()
-                if self.is_gone(visitor.session):
+                if self.is_gone(visitor.session, visitor.event):
                     return
             yield Progress()
             replies = await self._prepare(conversations, sampling)
@@ -70,7 +70,7 @@ class Answering:
             async for number, piece in merge(replies):
                 progress.answers[number] += piece
                 yield replace(progress, answers=list(progress.answers))
-                if self.is_gone(visitor.session):
+                if self.is_gone(visitor.session, visitor.event):
                     return
             yield replace(progress, finished=True)
 
@@ -90,6 +90,8 @@ class Answering:
             raise RefusedError("long_answer", given=sampling.max_new_tokens, most=self.limits.max_new_tokens)
         for messages in conversations:
             *history, question = (message["content"] for message in messages)
+            if not all(isinstance(text, str) for text in (*history, question)):
+                raise RefusedError("no_text")
             if not question.strip():
                 raise RefusedError("empty")
             if len(question) > self.limits.max_characters:

@@ -49,7 +49,11 @@ def _checked_conversation(conversation: Conversation) -> Conversation:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"a turn of {[type(text).__name__ for text in texts]}")
         turns.append({"question": well_formed(texts[0]), "answers": [well_formed(text) for text in texts[1:]]})
-    return {"id": str(conversation["id"]), "title": well_formed(str(conversation["title"])), "turns": turns}
+    return {
+        "id": well_formed(str(conversation["id"])),
+        "title": well_formed(str(conversation["title"])),
+        "turns": turns,
+    }
 
 
 def well_formed(text: str) -> str:
@@ -123,7 +127,7 @@ def rename(store: Store, title: str) -> Store:
     """Give the open conversation another title; an empty one leaves it."""
     store = deepcopy(store)
     conversation = opened(store)
-    if conversation and (title := " ".join(title.split())[: 3 * TITLE_LENGTH]):
+    if conversation and (title := " ".join(well_formed(title).split())[: 3 * TITLE_LENGTH]):
         conversation["title"] = title
     return store
 

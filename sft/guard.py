@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 4_000_000  # bytes; the store of a browser that is full takes about a million
+MAX_PATH = 200  # characters
 GRACE = 5.0  # seconds without a listener after which a session is taken to be gone
 MAX_LOGINS = 10  # wrong or right, an address and minute
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -111,10 +112,9 @@ class Guard:
         routes = {"GET": GET_ROUTES, "HEAD": GET_ROUTES, "POST": POST_ROUTES}.get(method)
         if routes is None:
             return 405, "GET and POST"
-        if not routes.fullmatch(path) or ".." in path or any(c in path for c in "\\\0\r\n"):
+        if len(path) > MAX_PATH or not routes.fullmatch(path) or ".." in path or any(c in path for c in "\\\0\r\n"):
             return 404, "no such page"
-        origin = headers.get("origin")
-        if method == "POST" and origin and urlsplit(origin).netloc != host:
+        if method == "POST" and "origin" in headers and not is_of(headers["origin"], host):
             return 403, "a request of another page"
         if int_or_zero(headers.get("content-length")) > MAX_BODY:
             return 413, f"more than {MAX_BODY:,} bytes"
@@ -132,6 +132,14 @@ class Guard:
         while times[0] < now - 60:
             times.popleft()
         return len(times) > MAX_LOGINS
+
+
+def is_of(origin: str, host: str) -> bool:
+    """Tell whether an Origin header names the host of a Host header."""
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
 
 
 class BodyTooLargeError(Exception):
@@ -172,5 +180,5 @@ def with_headers(response: PlainTextResponse) -> PlainTextResponse:
 
 
 def int_or_zero(text: str | None) -> int:
-    """Return a header's number; 0 if it is none."""
-    return int(text) if text and text.isascii() and text.isdigit() else 0
+    """Return a header's number, of at most 18 digits; 0 if it is none."""
+    return int(text[:18]) if text and text.isascii() and text.isdigit() else 0

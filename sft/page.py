@@ -272,8 +272,9 @@ class ChatPage:
         self, store: Store, question: str, number: int | None, settings: Sequence[float | str], request: gr.Request
     ) -> Stream:
         """Yield the page's updates while a question, behind all turns or in the place of one, is answered."""
+        self.sweep()
         language, visitor = store["language"] or "en", visitor_of(request)
-        typed = {self.box: {"value": question if number is None else "", **READY}}
+        typed = {self.box: {"value": conversations.well_formed(question) if number is None else "", **READY}}
         try:
             asked = conversations.ask(store, question, number)
             conversation = conversations.opened(asked)
@@ -288,6 +289,8 @@ class ChatPage:
                     self._remember(visitor.session, progress)
                     yield as_updates(self._streamed(conversation, progress, language))
             self.partial.pop(visitor.session, None)
+            if not progress.finished:
+                return
             answered = conversations.answer(asked, progress.answers)
             yield as_updates(self.show(answered) | {self.status: {"value": footer(self.names, progress, language)}})
         except RefusedError as refused:
@@ -315,6 +318,15 @@ class ChatPage:
             if len(self.partial) > MAX_PARTIAL:
                 self.partial.popitem(last=False)
 
+    def sweep(self) -> None:
+        """Drop what Gradio keeps for sessions that nobody listens to, as it does itself where a stream is closed."""
+        queue = self.blocks._queue
+        busy = {event.session_hash for event in queue.event_ids_to_events.values()}
+        for session in {*queue.pending_messages_per_session, *queue.pending_event_ids_session} - busy:
+            if self.answering.is_gone(session, *queue.pending_event_ids_session.get(session, ())):
+                queue.pending_messages_per_session.pop(session, None)
+                queue.pending_event_ids_session.pop(session, None)
+
     def on_end(self, store: Store, request: gr.Request) -> Updates:
         """Make the box ready again, and keep what there is of an answer that was stopped."""
         store = conversations.checked(store)
@@ -338,6 +350,7 @@ class ChatPage:
         request: gr.Request = None,
     ) -> AsyncIterator[str]:
         """Answer a message behind a history of {"role", "content"} turns; the first checkpoint's reply, growing."""
+        self.sweep()
         language = language_of(request.headers.get("accept-language", ""))
         try:
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)

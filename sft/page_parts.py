@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 
 from sft import conversations
 from sft.answering import Messages, Progress
@@ -98,7 +99,7 @@ def footer(names: Sequence[str], progress: Progress, language: str, stopped: boo
 def visitor_of(request: gr.Request) -> Visitor:
     """Return who sent a request: the name that was logged in with, or the address."""
     address = request.client.host if request.client else ""
-    return Visitor(request.session_hash or "", request.username or address)
+    return Visitor(request.session_hash or "", request.username or address, LocalContext.event_id.get() or "")
 
 
 def as_history(history: object) -> Messages:

@@ -65,6 +65,8 @@ def launch(
     share: bool = False,
 ) -> str:
     """Serve a page in threads of its own; return its address. Raises UserError if that cannot be."""
+    # Without a proxy of the user's own, the address that a request gives of itself is not believed.
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     guard = Middleware(Guard, listeners=listeners, any_host=bool(names))
     theme = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
     try:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 MINUTE = 60.0  # seconds
@@ -22,10 +22,11 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who asks: one page or API call (`session`), and the user's name or, without one, the address (`user`)."""
+    """Who asks: one page or caller (`session`), the user's name or, without one, the address, and Gradio's event."""
 
     session: str
     user: str
+    event: str = ""
 
 
 class Ticket:
@@ -43,11 +44,10 @@ class Ticket:
 
     async def wait(self) -> None:
         """Wait until the line moves, for a second at most."""
-        try:
-            await asyncio.wait_for(self.moved.wait(), PATIENCE)
-        except TimeoutError:
-            return
-        self.moved.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                await self.moved.wait()
+                self.moved.clear()
 
 
 class WaitingLine:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -58,7 +59,7 @@ def served(
     page = ChatPage(Answering(chats, line, Limits(), listeners.is_gone), [folder.name for folder in folders])
     address = launch(page, listeners, names=names)
     try:
-        yield Served(address, chats[0], page, line, listeners)
+        yield Served(address, urlsplit(address).port, chats[0], page, line, listeners)
     finally:
         page.blocks.close(verbose=False)
 

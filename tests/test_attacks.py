@@ -5,6 +5,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,6 @@ def test_passwords_cannot_be_tried_many_times(closed_page):
         assert log_in(client, "me", "secret") == 429
 
 
-@pytest.mark.xfail(strict=True, reason="uvicorn takes the address of X-Forwarded-For where 127.0.0.1 sends it")
 def test_passwords_cannot_be_tried_under_other_addresses(closed_page):
     with closed_page.client() as client:
         answers = [log_in(client, "me", "x", **{"X-Forwarded-For": f"203.0.113.{number}"}) for number in range(12)]
@@ -211,7 +211,7 @@ def test_passwords_cannot_be_tried_under_other_addresses(closed_page):
 
 
 def test_tricks_with_headers_are_refused(page):
-    post = f"Content-Length: 2\r\nContent-Type: application/json\r\n\r\n{{}}"
+    post = "Content-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
     here, chat = f"Host: 127.0.0.1:{page.port}\r\n", f"POST {CHAT} HTTP/1.1\r\n"
     tricks = {
         "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n": {421},
@@ -232,7 +232,7 @@ def test_tricks_with_headers_are_refused(page):
         f"{chat}{here}Content-Length: {'9' * 5000}\r\n\r\n": {400, 413},
         f"{chat}{here}Upgrade: websocket\r\nConnection: Upgrade\r\n{post}": {400, 404, 422},
         "\x16\x03\x01\x02\x00": {0, 400},
-        "GET / HTTP/9.9\r\n\r\n": {0, 400, 505},
+        "GET / HTTP/9.9\r\n\r\n": {0, 400, 421, 505},
     }
     for sent, statuses in tricks.items():
         end = "" if "\r\nConnection" in sent or "\r\n\r\n" not in sent else "Connection: close\r\n"
@@ -245,7 +245,6 @@ def test_tricks_with_headers_are_refused(page):
         assert "access-control-allow-origin" not in client.options(CHAT, headers=asked).headers
 
 
-@pytest.mark.xfail(strict=True, reason="urlsplit raises on half an IPv6 address")
 def test_an_origin_that_is_no_address_is_refused(page):
     assert status_of(request(page, CHAT, "POST", "Origin: http://[\r\nContent-Length: 2\r\n", "{}")) == 403
 
@@ -255,10 +254,8 @@ def test_large_and_broken_bodies_are_refused(page):
     with page.client(headers=JSON) as client:
         assert client.post(CHAT, content=large).status_code == 413
         pieces = (large[start : start + 65536] for start in range(0, len(large), 65536))
-        try:
+        with suppress(httpx.TransportError):  # the server need not read what it refuses
             assert client.post(CHAT, content=pieces).status_code in (400, 413)
-        except httpx.TransportError:
-            pass
         deep = [f'{{"data": {"[" * depth}{"]" * depth}}}' for depth in (5_000, 100_000)]
         for body in ("", "{", "null", "[]", "5", "\ufeff{}", '{"data": {}}', '{"data": "x"}', "[" * 200_000, *deep):
             assert client.post(CHAT, content=body).status_code in (400, 422), body[:50]
@@ -319,7 +316,6 @@ def test_an_empty_question_is_refused(page, message: str):
     assert refusal(page, message) == "Please type a question."
 
 
-@pytest.mark.xfail(strict=True, reason="Answering.check calls strip() of what is no text")
 @pytest.mark.parametrize("message", [None, 5, True, ["a"], {"a": 1}])
 def test_a_question_that_is_no_text_is_refused_with_a_sentence(page, message: Any):
     assert refusal(page, message)
@@ -364,7 +360,7 @@ def predict(client: httpx.Client, number: int, data: list) -> httpx.Response:
 
 def test_forged_stores_are_harmless(page):
     inputs = {number: len(each.inputs) for number, each in page.page.blocks.fns.items()}
-    with page.client() as client:
+    with page.client(headers={"Connection": "close"}) as client:
         for store in STORES:
             assert predict(client, event_number(page.page, "on_load"), [store]).status_code == 200, store
             for number, count in inputs.items():
@@ -397,13 +393,11 @@ def test_forged_events_are_harmless(page):
         assert "300,000" in send(page, client, "on_send", ["x" * 400_000, None, *SETTINGS]) or page.ask()
 
 
-@pytest.mark.xfail(strict=True, reason="a lone surrogate is told back, and orjson has no bytes for it")
 def test_a_lone_surrogate_in_the_box_is_refused_on_the_page(page):
     with page.client() as client:
         assert "U+D800" in send(page, client, "on_send", ["a\ud800", None, *SETTINGS])
 
 
-@pytest.mark.xfail(strict=True, reason="a lone surrogate is told back, and orjson has no bytes for it")
 @pytest.mark.parametrize("place", ["title", "id"])
 def test_a_lone_surrogate_in_a_store_or_a_title_is_made_harmless(page, place: str):
     store = {"open": "a", "conversations": [{"id": "a", "title": "t", "turns": []}]}
