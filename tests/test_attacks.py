@@ -18,6 +18,7 @@ from serving import (
     QUESTION,
     AnsweredWithError,
     Served,
+    answer_to,
     event_number,
     join,
     listen,
@@ -53,21 +54,6 @@ def page(open_page) -> Iterator[Served]:
 def closed_page(model) -> Iterator[Served]:
     with served(model, names=[("me", "secret"), ("you", "other")]) as page:
         yield page
-
-
-def answer_to(page: Served, sent: bytes) -> bytes:
-    """Send bytes as they are; return what comes back within seconds, the connection's end included."""
-    with socket.create_connection(("127.0.0.1", page.port), timeout=5) as connection:
-        received = b""
-        try:
-            connection.sendall(sent)
-            while piece := connection.recv(65536):
-                received += piece
-                if len(received) > 2_000_000:
-                    break
-        except (TimeoutError, ConnectionError):
-            pass
-        return received
 
 
 def request(page: Served, target: str, method: str = "GET", headers: str = "", body: str = "") -> bytes:
