@@ -51,7 +51,10 @@ def hide_password(auth: str | None) -> None:
     """
     if auth is None or ":" not in auth or Path(auth).exists():
         return
-    words = [word for word in sys.argv if word not in ("--auth", auth, f"--auth={auth}")]
+    words = [word for word in sys.argv if not word.endswith(f"={auth}")]
+    if auth in words:  # behind its flag
+        place = words.index(auth)
+        del words[place - 1 : place + 1]
     environment = {**os.environ, AUTH_VARIABLE: auth}
     os.execve(sys.executable, [sys.executable, *words], environment)
 

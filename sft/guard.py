@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MAX_BODY = 4_000_000  # bytes; the store of a browser that is full takes about a million
 MAX_PATH = 200  # characters
 GRACE = 5.0  # seconds without a listener after which a session is taken to be gone
+MAX_SILENT = 10_000  # sessions of which is kept since when they are silent
 MAX_LOGINS = 10  # wrong or right, an address and minute
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 API = "/gradio_api"
@@ -66,9 +67,10 @@ class Listeners:
         if any(session in self.open for session in sessions):
             return False
         now = self.clock()
-        for session in [name for name, since in self.silent_since.items() if since < now - 10 * GRACE]:
-            del self.silent_since[session]
-        return now - min(self.silent_since.setdefault(session, now) for session in sessions) > GRACE
+        since = min(self.silent_since.setdefault(session, now) for session in sessions)
+        while len(self.silent_since) > MAX_SILENT:
+            del self.silent_since[next(iter(self.silent_since))]
+        return now - since > GRACE
 
 
 class Guard:

@@ -69,7 +69,7 @@ const opening = setInterval(() => {
 
 
 def build_chatbot(name: str) -> gr.Chatbot:
-    """Return what shows a conversation with one checkpoint: Markdown, code and LaTeX, no file, no tag of HTML."""
+    """Return what shows a conversation with one checkpoint: Markdown, code and LaTeX, and no file."""
     return gr.Chatbot(
         label=name,
         show_label=False,
@@ -159,7 +159,7 @@ class ChatPage:
     def _connect_chat(self) -> None:
         """What sends a question, and what stops an answer."""
         settings = [self.store, *self.numbers.values()]
-        outputs = {self.store, self.box, self.status, *self._shown()}
+        outputs = {self.store, self.box, self.status, *self._shown(), *self._held()}
         sent = [self.box.submit(self.on_send, [self.box, *settings], outputs, **SLOW)]
         for chatbot in self.chatbots:
             sent.append(chatbot.retry(self.on_retry, settings, outputs, **SLOW))
@@ -175,6 +175,10 @@ class ChatPage:
     def _shown(self) -> list[gr.components.Component]:
         """The components that show the store."""
         return [self.list, self.title, self.export, self.delete, self.confirming, *self.chatbots]
+
+    def _held(self) -> list[gr.components.Component]:
+        """The components that change the store, and wait while an answer is written into it."""
+        return [self.new, self.list, self.title, self.delete, self.confirm, self.language]
 
     def _labelled(self) -> list[gr.components.Component]:
         """The components whose words are another language's."""
@@ -284,7 +288,8 @@ class ChatPage:
             async with aclosing(self.answering.answer(visitor, told, sampling)) as progresses:
                 async for progress in progresses:
                     if not begun:
-                        yield as_updates(self.show(asked) | {self.box: BUSY})
+                        held = {component: {"interactive": False} for component in self._held()}
+                        yield as_updates(merged(self.show(asked), held, {self.box: BUSY}))
                         begun = True
                     self._remember(visitor.session, progress)
                     yield as_updates(self._streamed(conversation, progress, language))
@@ -330,11 +335,11 @@ class ChatPage:
     def on_end(self, store: Store, request: gr.Request) -> Updates:
         """Make the box ready again, and keep what there is of an answer that was stopped."""
         store = conversations.checked(store)
-        ready: Updates = {self.box: READY}
+        ready: Updates = {self.box: READY, **{component: {"interactive": True} for component in self._held()}}
         progress = self.partial.pop(request.session_hash, None)
         if progress is not None:
             status = {self.status: {"value": footer(self.names, progress, store["language"] or "en", stopped=True)}}
-            ready |= self.show(conversations.answer(store, progress.answers)) | status
+            ready = merged(ready, self.show(conversations.answer(store, progress.answers)), status)
         return as_updates(ready)
 
     async def chat(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,12 +43,35 @@ def test_memory_above_the_model_grows_with_the_row(way):
     assert 0 < short < long
 
 
+def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_model: Callable[[str], Path]):
+    given = ["--shape", "bloom-tiny", "--prompt_tokens", 8, "--new_tokens", 4, "--rounds", 1, "--rows", 3]
+    printed = run(
+        "benchmarks.generation",
+        *given,
+        "--checkpoint",
+        make_model("bloom-tiny"),
+        "--data",
+        SAMPLE,
+        "--output",
+        tmp_path,
+    )
+    name = next(tmp_path.glob("*.json")).stem
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert list(results) == ["fp32", "bf16", "int8"]
+    assert all(result["tokens_per_second"] > 0 for result in results.values())
+    assert results["fp32"]["kl"] == 0 < results["int8"]["kl"] < results["bf16"]["kl"] < 1e-3
+    assert results["fp32"]["agreement"] == 1 >= results["int8"]["agreement"] > 0.9
+    assert results["bf16"]["bytes"] < results["int8"]["bytes"] < results["fp32"]["bytes"]
+    assert (tmp_path / f"{name}.md").read_text().split("\n\n")[-1] in printed
+
+
 @pytest.mark.parametrize(
     ("module", "given", "expected"),
     [
         ("throughput", ["--data", "nowhere"], "--data nowhere does not exist"),
         ("throughput", [], "the following arguments are required: --data"),
         ("memory", ["--no_such_flag"], "--no_such_flag"),
+        ("generation", ["--checkpoint", "x"], "--checkpoint and --data belong together"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected):

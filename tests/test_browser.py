@@ -177,9 +177,11 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(address: str, visit: C
     set_longest(page, 1000)
     ask(page, QUESTION)
     playwright.expect(page.locator(BOT)).to_have_text(re.compile(".{20}", re.DOTALL))
+    playwright.expect(page.locator("#conversations input")).to_be_disabled()  # it would change what is written to
     page.locator("#box .stop-button").click()
     clicked = time.monotonic()
     wait_for_end(page)
+    playwright.expect(page.locator("#conversations input")).to_be_enabled()
     after = len([moment for moment in slow if moment > clicked])
     time.sleep(0.5)
     assert len([moment for moment in slow if moment > clicked]) == after <= 12 < len(slow)

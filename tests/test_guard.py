@@ -105,14 +105,20 @@ def test_of_several_sessions_one_listener_is_enough():
     assert listeners.is_gone("a", "b")
 
 
-def test_sessions_that_nobody_asks_for_any_more_are_forgotten():
+def test_a_session_that_is_asked_for_once_a_minute_is_gone_as_well():
     clock = Clock()
     listeners = Listeners(clock)
+    assert not listeners.is_gone("a")
+    clock.now += 60
+    assert listeners.is_gone("a")
+
+
+def test_of_very_many_silent_sessions_the_oldest_are_forgotten(monkeypatch):
+    monkeypatch.setattr("sft.guard.MAX_SILENT", 5)
+    listeners = Listeners(Clock())
     for number in range(100):
         listeners.is_gone(str(number))
-    clock.now += 11 * GRACE
-    listeners.is_gone("last")
-    assert list(listeners.silent_since) == ["last"]
+    assert list(listeners.silent_since) == ["95", "96", "97", "98", "99"]
 
 
 @pytest.mark.parametrize("host", [HOST, "localhost:7860", "localhost", "[::1]:7860"])
