@@ -4,6 +4,7 @@ import asyncio
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from sft.chat import ChatModel
@@ -67,11 +68,12 @@ class Answering:
             yield Progress()
             replies = await self._prepare(conversations, sampling)
             progress = Progress(answers=[""] * len(replies), replies=replies)
-            async for number, piece in merge(replies):
-                progress.answers[number] += piece
-                yield replace(progress, answers=list(progress.answers))
-                if self.is_gone(visitor.session, visitor.event):
-                    return
+            async with aclosing(merge(replies)) as pieces:
+                async for number, piece in pieces:
+                    progress.answers[number] += piece
+                    yield replace(progress, answers=list(progress.answers))
+                    if self.is_gone(visitor.session, visitor.event):
+                        return
             yield replace(progress, finished=True)
 
     async def _prepare(self, conversations: Sequence[Messages], sampling: Sampling) -> list[Reply]:

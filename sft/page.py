@@ -263,7 +263,8 @@ class ChatPage:
         """Answer a question that was changed."""
         store = conversations.checked(store)
         number = turn_at(conversations.opened(store), event.index)
-        async for updates in self.respond(store, event.value, number, settings, request):
+        question = event.value if number >= 0 else ""  # a turn that is not there, which only a forger names
+        async for updates in self.respond(store, question, number, settings, request):
             yield updates
 
     def on_undo(self, store: Store, event: gr.UndoData) -> Updates:

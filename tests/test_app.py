@@ -13,12 +13,18 @@ import pytest
 from conftest import PROJECT
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def app(run: Callable, make_model: Callable[[str], Path]) -> Callable[..., tuple[int, str]]:
     """Return a function that starts app.py with flags that it refuses: its exit code and what it says."""
 
     def app(*flags: object, checkpoint: object = None, **environment: str) -> tuple[int, str]:
-        result = run("app.py", "--checkpoint", checkpoint or make_model("bloom-tiny"), *flags, **environment)
+        given = ["--checkpoint", checkpoint or make_model("bloom-tiny"), "--port", free_port(), *flags]
+        result = run("app.py", *given, **environment)
         assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
         return result.returncode, result.stderr
 
@@ -86,8 +92,7 @@ def test_port_that_is_taken(app: Callable):
 
 
 def test_page_that_listens_asks_for_the_password_and_hides_it(make_model: Callable[[str], Path]):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "app.py", "--checkpoint", str(make_model("bloom-tiny")), "--port", str(port)]
     secret = "me:zaubern-77"
     process = subprocess.Popen(
