@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
     HfArgumentParser,
@@ -26,10 +27,12 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from sft import disk, flat_row, report, resume, zero
+from sft import disk, flat_row, lora, plan, precision, report, resume, zero
 from sft.dataset import DataReport, flatten, load_examples
-from sft.models import count_parameters, load_config, load_model, load_tokenizer, locate
+from sft.lora import LoraArguments
+from sft.models import load_config, load_model, load_tokenizer, locate
 from sft.packing import PackedDataset
+from sft.plan import PlanArguments
 from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
 from sft.shards import find_shards
 from sft.streaming import StreamedRows, first_of
@@ -100,13 +103,12 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         if self.bf16 is None and self.fp16 is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = on_gpu and not self.bf16
+            self.bf16, self.fp16 = precision.choose(on_gpu=torch.cuda.is_available() and not self.use_cpu)
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         if self.deepspeed:
             pin_memory = torch.cuda.is_available() and not self.use_cpu
             self.deepspeed = zero.read_configuration(self.deepspeed, self.offload, self.offload_dir, pin_memory)
+        self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         if self.n_gpu > 1:
@@ -127,9 +129,10 @@ class Parser(OneLineErrors, HfArgumentParser):
     """A parser of dataclasses with errors of one line."""
 
 
-def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse_arguments() -> tuple[ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments]:
     """Read the command line; raise UserError on a flag or value that does not fit."""
-    parser = Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    arguments = (ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments)
+    parser = Parser(arguments, allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, OSError) as error:
@@ -177,18 +180,26 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-def make_model(location: str, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the model with fp32 master weights; autocast or DeepSpeed computes in less."""
+def make_model(
+    location: str,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel | PeftModel:
+    """Load the model for flat rows, all that is trained in fp32; autocast or DeepSpeed computes in less."""
     if training_args.deepspeed:
         # ZeRO-3 splits the weights while they are read, so the ranks must know of each other by now.
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if training_args.use_cpu else "nccl")
-    model = load_model(location, torch.float32, training_args.cache_dir)
+    dtype, quantization = lora.weights_dtype(lora_args, training_args), lora.quantization(lora_args, training_args)
+    model = load_model(location, dtype, training_args.cache_dir, quantization)
     special_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.config.update(special_tokens)
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
-    return model
+    flat_row.install(model)
+    return lora.add(model, lora_args, model_args.model_name_or_path, training_args.seed) if lora_args.lora_r else model
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -281,32 +292,36 @@ def examples_share_rows(
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def prepare_run(training_args: TrainingArguments, config: PretrainedConfig, rows: Rows) -> tuple[dict, Path | None]:
+def prepare_run(
+    training_args: TrainingArguments, lora_args: LoraArguments, config: PretrainedConfig, rows: Rows
+) -> tuple[dict, Path | None]:
     """Return the run's settings, kept with its checkpoints, and the checkpoint that it goes on from, if any.
 
     Raises UserError if that one was made with others, or the disk has no room for those to come.
     """
     disk.check_shared(training_args)
-    num_parameters, stage = count_parameters(config), zero.stage_of(training_args)
-    num_steps, num_epochs = report.count_steps(training_args, rows)
-    settings = resume.settings_of(training_args, rows, stage, num_parameters)
+    stage, (num_steps, num_epochs) = zero.stage_of(training_args), report.count_steps(training_args, rows)
+    model_settings = lora.settings_of(lora_args, config)
+    settings = resume.settings_of(training_args, rows, stage, model_settings)
     resumed = resume.find(training_args, settings, num_steps)
-    num_bytes = disk.checkpoint_bytes(num_parameters, training_args, stage)
-    disk.check_room(training_args, num_steps, num_epochs, num_bytes)
+    in_16_bits, num_trained = training_args.bf16 or training_args.fp16, model_settings["trained parameters"]
+    num_bytes = disk.checkpoint_bytes(num_trained, stage, in_16_bits, training_args.save_only_model)
+    merged_bytes = lora.merged_bytes(lora_args, training_args, model_settings["parameters"])
+    disk.check_room(training_args, num_steps, num_epochs, num_bytes, merged_bytes)
     return settings, resumed
 
 
-def print_header(trainer: Trainer, resumed: Path | None) -> None:
+def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
     """Print what this run is about to do, and one example as the model sees it."""
     args, model = trainer.args, trainer.model
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
-        "model": f"{model.config.model_type}, {trainer.settings['parameters']:,} parameters",
+        "model": report.model_line(model.config, trainer.settings),
         "examples": f"{report.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
         "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
         "steps": report.steps_line(args, trainer.train_dataset),
         "device": report.device_line(args),
-        "memory": report.memory_line(args, model),
+        "memory": memory,
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
         "example": report.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
     }
@@ -322,7 +337,8 @@ def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | Str
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step
-        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {steps:,} steps; saved in {output_dir}")
+        saved = " and ".join(report.saved_in(output_dir, trainer.is_lora, trainer.merges_lora))
+        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {steps:,} steps; saved in {saved}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -330,19 +346,26 @@ def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | Str
 
 def main() -> None:
     """Fine-tune as the command line says."""
-    model_args, data_args, training_args = parse_arguments()
+    model_args, data_args, lora_args, plan_args, training_args = parse_arguments()
     check_arguments(model_args, data_args, training_args)
+    precision.check_optimizer(training_args)
+    lora.check(lora_args, training_args)
     with disk.claimed(training_args):
         location = locate(model_args.model_name_or_path, training_args.cache_dir)
         config = load_config(location, training_args.cache_dir)
+        paths = (model_args.model_name_or_path, data_args.data_path, training_args.output_dir)
+        run = plan.Run(training_args, lora_args, plan_args, config, *paths)
+        if plan_args.plan:
+            print(plan.show(run))
+            return
         tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:
             return
-        settings, resumed = prepare_run(training_args, config, train_dataset)
+        memory = plan.prepare(run, report.longest_row(training_args, train_dataset))
+        settings, resumed = prepare_run(training_args, lora_args, config, train_dataset)
         zero.size_buffers(training_args, config)
-        model = make_model(location, training_args, tokenizer)
-        flat_row.install(model)
+        model = make_model(location, model_args, lora_args, training_args, tokenizer)
         trainer = Trainer(
             model=model,
             args=training_args,
@@ -352,9 +375,10 @@ def main() -> None:
             processing_class=tokenizer,
             settings=settings,
             examples_share_rows=examples_share_rows(data_args, training_args, reports),
+            merges_lora=lora_args.merge_lora,
         )
         if trainer.is_world_process_zero():
-            print_header(trainer, resumed)
+            print_header(trainer, resumed, memory)
         trainer.train_to_the_end(resumed, report.count_steps(training_args, train_dataset)[0])
         trainer.save_result()
         if trainer.is_world_process_zero():

@@ -102,6 +102,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Fla
 
     Scores are scaled by 1 / sqrt(D).
     """
+    if torch.is_autocast_enabled(query.device.type):  # projections in 4 bits give back what they were given, fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     attend_heads = attend_by_blocks if has_flex_attention(query.device) else attend_by_examples
     context = attend_heads(query, key, value, row)
     return context.transpose(1, 2).flatten(2)

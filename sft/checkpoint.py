@@ -25,6 +25,7 @@ from sft.program import UserError, one_line
 MARKER = "complete.json"
 UNFINISHED = "unfinished"
 STATE = "trainer_state.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # What a folder of weights alone does not need: Trainer's optimizer state, and DeepSpeed's folder and its pointer.
 OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 OPTIMIZER_FILES += ("global_step*", "latest", "zero_to_*.py")
@@ -168,6 +169,11 @@ def load_apart(folder: Path) -> None:
         "wrong = [key for key in found['missing_keys']] + [key for key in found['unexpected_keys']];"
         "sys.exit(f'{len(wrong)} tensors do not fit, such as {wrong[0]}' if wrong else 0)"
     )
+    if (folder / ADAPTER_CONFIG).is_file():  # its tensors are compared with the model's; the base is where it was
+        code = (
+            "import sys; from peft import PeftConfig; from transformers import AutoTokenizer;"
+            "AutoTokenizer.from_pretrained(sys.argv[1]); PeftConfig.from_pretrained(sys.argv[1])"
+        )
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     result = subprocess.run(
         [sys.executable, "-c", code, folder], env={**alone, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True

@@ -12,6 +12,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from sft import zero
 from sft.checkpoint import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
 from sft.program import OneRankError, UserError, one_line
 from sft.report import gib
@@ -20,13 +21,13 @@ IN_USE = ".in-use"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
-def checkpoint_bytes(num_parameters: int, args: TrainingArguments, zero_stage: int) -> int:
+def checkpoint_bytes(num_parameters: int, zero_stage: int, in_16_bits: bool, save_only_model: bool = False) -> int:
     """Estimate a checkpoint: weights, fp32 master weights where DeepSpeed has them, two fp32 moments of AdamW.
 
     ZeRO-2 saves the weights twice: for plain transformers and in DeepSpeed's own file.
     """
-    weight_bytes = 2 if zero_stage and (args.bf16 or args.fp16) else 4
-    if args.save_only_model:
+    weight_bytes = 2 if zero_stage and in_16_bits else 4
+    if save_only_model:
         return num_parameters * weight_bytes
     copies = 2 if zero_stage in (1, 2) else 1
     return num_parameters * (copies * weight_bytes + (12 if zero_stage else 8))
@@ -63,7 +64,7 @@ def check_shared(args: TrainingArguments) -> None:
 
     transformers' save_on_each_node is no way out, since ZeRO-3 gathers the weights on the first rank alone.
     """
-    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size):
+    if args.world_size == zero.ranks_a_host(args):
         return
     probe = Path(args.output_dir, ".from-the-first-host")
     if args.process_index == 0:
@@ -132,18 +133,21 @@ def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> i
     return saved + has_best
 
 
-def check_room(args: TrainingArguments, num_steps: int, num_epochs: float, num_bytes: int) -> None:
+def check_room(
+    args: TrainingArguments, num_steps: int, num_epochs: float, num_bytes: int, merged_bytes: int = 0
+) -> None:
     """Raise UserError if the disk has no room for a run's checkpoints of `num_bytes` each, those there counted.
 
-    Without checkpoints there must be room for one, of the result.
+    Without checkpoints there must be room for one, of the result; `merged_bytes` come on top.
     """
     at_once = max(1, num_at_once(args, num_steps, num_epochs))
     there = sum(size_of(folder) for folder in folders_in(args.output_dir)[-at_once:])
-    free, needed = shutil.disk_usage(_nearest(args.output_dir)).free, num_bytes * at_once - there
+    free, needed = shutil.disk_usage(_nearest(args.output_dir)).free, num_bytes * at_once - there + merged_bytes
     if free < needed:
         raise UserError(
             f"--output_dir {args.output_dir} has {gib(free)} free, and {gib(needed)} are needed: "
-            f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}; give a "
+            f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}"
+            f"{f' and the merged model of {gib(merged_bytes)}' if merged_bytes else ''}; give a "
             "folder on a larger disk, or type --save_total_limit 1, or --save_only_model True, from which no run can "
             "go on"
         )

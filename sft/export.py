@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft import checkpoint
 from sft.disk import check_writable
-from sft.models import load_config, load_model, load_tokenizer
+from sft.models import load_adapter, load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, one_line, run_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,10 +42,12 @@ def choose(path: str) -> Path:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Return the model of a checkpoint in fp32.
+    """Return the model of a checkpoint in fp32, an adapter's with its base model.
 
-    Raises UserError if DeepSpeed's files cannot be put together.
+    Raises UserError if DeepSpeed's files cannot be put together, or a base model is not found.
     """
+    if (adapter := load_adapter(str(folder), torch.float32)) is not None:
+        return adapter[0]
     if not (folder / "latest").exists():
         return load_model(str(folder), torch.float32)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -1,5 +1,6 @@
 """Tokenizer and model of either family, loaded from a folder or a hub id, with mistakes told in one line."""
 
+import warnings
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +21,7 @@ from transformers import (
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
 
+warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")  # peft asks for it
 HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
 
 
@@ -88,11 +91,15 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
     return config
 
 
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model on the meta device, which has shapes and no memory."""
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
 def count_parameters(config: PretrainedConfig) -> int:
     """Return a model's number of parameters, tied ones once, without making any of them."""
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in without_weights(config).parameters())
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:
@@ -130,7 +137,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_adapter(folder: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+def load_adapter(
+    folder: str, dtype: torch.dtype, cache_dir: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
     """Return the base model with a LoRA adapter's weights added to its own, and the tokenizer; None if it is none.
 
     The tokenizer is the adapter folder's if it has one. Raises UserError if the base model that it names cannot be
@@ -142,29 +151,41 @@ def load_adapter(folder: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        located = locate(base)
-        load_config(located)
+        located = locate(base, cache_dir)
+        load_config(located, cache_dir)
     except Exception as error:
         raise UserError(
             f"{folder} is a LoRA adapter whose base model cannot be found: {one_line(error)}; write the path of the "
             'base model\'s folder as "base_model_name_or_path" into its adapter_config.json'
         ) from None
     has_tokenizer = (Path(folder) / "tokenizer.json").is_file()
-    model, tokenizer = load_model(located, dtype), load_tokenizer(folder if has_tokenizer else located)
+    tokenizer = load_tokenizer(folder if has_tokenizer else located, cache_dir=cache_dir)
+    model = load_model(located, dtype, cache_dir)
     try:
         return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True), tokenizer
     except Exception as error:
         raise UserError(f"the LoRA adapter {folder} does not fit its base model {base}: {one_line(error)}") from None
 
 
-def load_model(name_or_path: str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None) -> PreTrainedModel:
-    """Return the model with its weights in `dtype`; no device map, so DeepSpeed may place them.
+def load_model(
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Return the model with its weights in `dtype`, or quantized; no device map, so DeepSpeed may place them.
 
     Raises UserError if weights are missing, incomplete or broken.
     """
+    keywords = {"quantization_config": quantization} if quantization else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True
+            name_or_path,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **keywords,
         )
     except Exception as error:
         raise UserError(f"the weights of {name_or_path} cannot be loaded: {one_line(error)}") from None

@@ -9,12 +9,13 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from sft import zero
-from sft.dataset import DataReport, labels_of
+from sft.dataset import DataReport, labels_of, lengths_of
+from sft.lora import ADAPTER
 from sft.loss import IGNORE_INDEX
 from sft.packing import PackedDataset, examples_of
 from sft.shards import NUM_NAMED, size_of
@@ -58,6 +59,15 @@ The prompt is in the tokenizer's chat template.
 {licence}
 The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
 """
+
+
+def model_line(config: PretrainedConfig, settings: dict[str, object]) -> str:
+    """Return the family, the number of parameters, and the share of them that LoRA trains beside them."""
+    line = f"{config.model_type}, {settings['parameters']:,} parameters"
+    if not settings["--lora_r"]:
+        return line
+    trained, bits = settings["trained parameters"], " in 4 bits" if settings["--load_in_4bit"] else ""
+    return f"{line}, frozen{bits}; LoRA trains {trained:,} more, {trained / settings['parameters']:.2%} of as many"
 
 
 def data_line(report: DataReport | StreamedRows) -> str:
@@ -120,6 +130,15 @@ def count_steps(args: TrainingArguments, rows: Sequence | StreamedRows) -> tuple
     return num_steps, num_steps / steps_per_epoch
 
 
+def longest_row(args: TrainingArguments, rows: Sequence | StreamedRows) -> int:
+    """Return the tokens of the longest flat row that training may make; of a stream, one row's limit."""
+    if isinstance(rows, StreamedRows):
+        return args.model_max_length * (args.per_device_train_batch_size if rows.packing else 1)
+    if isinstance(rows, PackedDataset):
+        return args.model_max_length * min(args.per_device_train_batch_size, len(rows))
+    return int(np.sort(lengths_of(rows))[-args.per_device_train_batch_size :].sum())
+
+
 def examples_line(rows: Sequence | StreamedRows) -> str:
     """Return how many rows of the data are trained on."""
     if isinstance(rows, StreamedRows):
@@ -175,15 +194,11 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def memory_line(args: TrainingArguments, model: nn.Module) -> str:
-    """Return what weights, gradients and optimizer states take, and who says so."""
-    on_device, on_host = zero.model_state_bytes(args, model)
-    if not zero.stage_of(args):
-        return f"{gib(on_device)} on each device for weights, gradients and AdamW, and activations on top"
-    return (
-        f"{gib(on_device)} on each device and {gib(on_host)} on each host for weights, gradients and AdamW, as "
-        "DeepSpeed estimates for 16 bits, and activations on top"
-    )
+def saved_in(output_dir: Path, is_lora: bool, merges_lora: bool) -> list[str]:
+    """Return the folders that a run's result is in: of the model, and of LoRA's adapter."""
+    if not is_lora:
+        return [str(output_dir)]
+    return ([f"{output_dir} (merged)"] if merges_lora else []) + [f"{output_dir / ADAPTER} (adapter)"]
 
 
 def losses(log_history: Sequence[dict], name: str = "loss") -> list[tuple[int, float]]:

@@ -39,11 +39,12 @@ SETTINGS_BY_FLAG = (
 
 
 def settings_of(
-    args: TrainingArguments, rows: Sequence | StreamedRows, zero_stage: int, num_parameters: int
+    args: TrainingArguments, rows: Sequence | StreamedRows, zero_stage: int, model_settings: dict[str, object]
 ) -> dict[str, object]:
     """Return what must be the same, by name, for a run to go on exactly from another's checkpoint.
 
-    Without DeepSpeed another number of processes may go on, with as many rows a step.
+    `model_settings` are those of the model and of LoRA. Without DeepSpeed another number of processes may go on, with
+    as many rows a step.
     """
     if isinstance(rows, StreamedRows):
         sizes = "".join(f"{file.name} {size_of(file)}\n" for file in rows.files)
@@ -52,7 +53,7 @@ def settings_of(
         content = _content_of(examples_of(rows))
     flags = {f"--{name}": getattr(args, name) for name in SETTINGS_BY_FLAG}
     return {
-        "parameters": num_parameters,
+        **model_settings,
         "the examples' hash": hashlib.sha256(content).hexdigest()[:16],
         "--packing": getattr(rows, "packing", isinstance(rows, PackedDataset)),
         "ZERO_STAGE": zero_stage,

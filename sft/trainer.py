@@ -9,26 +9,32 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, GradScalerKwargs, gather_object
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from sft import checkpoint, disk, flat_row, zero
+from sft import checkpoint, disk, flat_row, lora, precision, zero
 from sft.loss import IGNORE_INDEX
 from sft.program import InterruptedRunError, UserError, WastedRunError
 from sft.sampling import EpochOrder, EvenRows
 
-MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^16 to below 1
+MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^12 to below 1
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer on flat rows; `settings` are those of `sft.resume.settings_of`."""
+    """transformers' Trainer on flat rows; `settings` are those of `sft.resume.settings_of`.
 
-    def __init__(self, *args, settings: dict, examples_share_rows: bool, **kwargs):
+    With LoRA, checkpoints hold the adapter; the result is the adapter, and a plain model if `merges_lora`.
+    """
+
+    def __init__(self, *args, settings: dict, examples_share_rows: bool, merges_lora: bool = True, **kwargs):
         """Add the callbacks that check the attention before the first step, and the run between steps."""
         super().__init__(*args, **kwargs)
         self.settings = settings
+        self.merges_lora = merges_lora
+        self.is_lora = isinstance(self.model, PeftModel)
         self.saving_into: Path | None = None
         self.has_saved = False
         self.order: EpochOrder | None = None
@@ -36,6 +42,16 @@ class Trainer(transformers.Trainer):
         self.watch = Watch(self)
         self.add_callback(LeakCheck(examples_share_rows))
         self.add_callback(self.watch)
+
+    def _build_accelerator_args(self, **keywords) -> dict:
+        """Return what the Trainer asks of accelerate, with autocast's cache off and a smaller first loss scale.
+
+        The cache would hold a 16-bit copy of every weight until the forward ends, and each is used once in it.
+        """
+        args = super()._build_accelerator_args(**keywords)
+        scaler = GradScalerKwargs(init_scale=precision.INITIAL_LOSS_SCALE)
+        args["kwargs_handlers"] += [AutocastKwargs(cache_enabled=False), scaler]
+        return args
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -109,6 +125,13 @@ class Trainer(transformers.Trainer):
             super()._save(output_dir, state_dict)
         self.model.config.use_cache = self.args.use_cache
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; an adapter from the ranks that have it whole, without a copy of the frozen weights."""
+        if self.is_lora and zero.stage_of(self.args) in (1, 2):
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _get_output_dir(self, trial) -> str:
         """Return the output folder, or the one for unfinished checkpoints in it while one is written."""
         return str(self.saving_into or super()._get_output_dir(trial))
@@ -161,10 +184,14 @@ class Trainer(transformers.Trainer):
         """Return about how many bytes the next checkpoint takes: those of the last one, or an estimate."""
         if self.has_saved and (last := checkpoint.newest(self.args.output_dir)):
             return disk.size_of(last)
-        return disk.checkpoint_bytes(self.settings["parameters"], self.args, zero.stage_of(self.args))
+        args, in_16_bits = self.args, self.args.bf16 or self.args.fp16
+        trained, stage = self.settings["trained parameters"], zero.stage_of(args)
+        return disk.checkpoint_bytes(trained, stage, in_16_bits, args.save_only_model)
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what the model's folder must hold, whole also where ZeRO-3 has split it."""
+        if self.is_lora:
+            return lora.saved_shapes(self.model)
         tied = self.model.all_tied_weights_keys
         state = self.model.state_dict(keep_vars=True)
         return {
@@ -179,9 +206,25 @@ class Trainer(transformers.Trainer):
             if self.args.load_best_model_at_end or checkpoint.fault_of(source):
                 source = Path(output_dir, checkpoint.UNFINISHED, "model")
                 self.save_model(str(source))
-            self.on_the_first_rank(lambda: checkpoint.publish(source, output_dir))
+            self.on_the_first_rank(lambda: self._publish(source))
             self.on_the_first_rank(lambda: shutil.rmtree(Path(output_dir, checkpoint.UNFINISHED), ignore_errors=True))
             self.save_state()
+
+    def _publish(self, source: Path) -> None:
+        """Make a saved model the result; an adapter goes into a folder of its own beside its merged model."""
+        output_dir = Path(self.args.output_dir)
+        if not self.is_lora:
+            checkpoint.publish(source, str(output_dir))
+            return
+        adapter, merged = output_dir / lora.ADAPTER, output_dir / checkpoint.UNFINISHED / "merged"
+        adapter.mkdir(exist_ok=True)
+        checkpoint.publish(source, str(adapter))
+        if self.merges_lora:
+            model, tokenizer = lora.merge(str(adapter), precision.compute_dtype(self.args), self.args.cache_dir)
+            model.generation_config = self.model.generation_config
+            model.save_pretrained(merged)
+            tokenizer.save_pretrained(merged)
+            checkpoint.publish(merged, str(output_dir))
 
     # ------------------------------------------------------------------------------------------------- from the start
 
@@ -213,7 +256,7 @@ class LeakCheck(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
         """Raise UserError if the logits of packed examples are not those of each alone."""
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        dtype = precision.compute_dtype(args)
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             difference = flat_row.check(model, dtype, self.examples_share_rows)
         if state.is_world_process_zero:

@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -84,25 +83,26 @@ def check_machine(args: TrainingArguments) -> None:
             ) from None
 
 
-def model_state_bytes(args: TrainingArguments, model: nn.Module) -> tuple[int, int]:
-    """Return the bytes that weights, gradients and optimizer states take on each device and on each host.
+def ranks_a_host(args: TrainingArguments) -> int:
+    """Return how many of the run's processes are on this host, as its launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size)
 
-    With ZeRO they are DeepSpeed's own estimates, made for computing in 16 bits; activations are not among them.
+
+def state_bytes(
+    stage: int, offload: str, num_trained: int, largest: int, num_devices: int, num_hosts: int
+) -> tuple[int, int]:
+    """Return the bytes of weights, gradients and AdamW's states on each device of a host, and on the host.
+
+    They are DeepSpeed's own estimates, made for computing in 16 bits; `largest` is the largest module's number of
+    parameters.
     """
-    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
-    total, stage = sum(sizes.values()), stage_of(args)
-    if not stage:
-        return 16 * total, 0
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    a_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size)
-    ranks = {"num_gpus_per_node": a_host, "num_nodes": max(1, args.world_size // a_host)}
+    ranks = {"num_gpus_per_node": num_devices, "num_nodes": num_hosts}
     if stage == 3:
-        largest = max(sum(sizes[weight] for weight in module.parameters(recurse=False)) for module in model.modules())
-        offload = {"cpu_offload": args.offload != "none", "cpu_offload_params": args.offload == "all"}
-        on_host, on_device, _ = estimate_zero3_model_states_mem_needs(total, largest, **ranks, **offload)
+        offloads = {"cpu_offload": offload != "none", "cpu_offload_params": offload == "all"}
+        on_host, on_device, _ = estimate_zero3_model_states_mem_needs(num_trained, largest, **ranks, **offloads)
     else:
-        offload = {"cpu_offload": args.offload != "none"}
-        on_host, on_device = estimate_zero2_model_states_mem_needs(total, **ranks, **offload)
+        on_host, on_device = estimate_zero2_model_states_mem_needs(num_trained, **ranks, cpu_offload=offload != "none")
     return on_device, on_host
