@@ -3,6 +3,7 @@
 #   sh ds_all.sh                                     bloom-560m on data_proj/opendata, every GPU, ZeRO-2
 #   MODEL=bigscience/bloom-7b1 OUTPUT=output_dir/bloom-7b1 ZERO_STAGE=3 NUM_GPUS=4 sh ds_all.sh
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh ds_all.sh --num_train_epochs 1
+#   ZERO_STAGE=auto sh ds_all.sh                     the stage and offload that --plan finds to fit
 #   OFFLOAD=optimizer sh ds_all.sh                   optimizer states in the host's memory
 #   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=nvme_folder in files there
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh ds_all.sh       on each of two hosts, with its own NODE_RANK
@@ -32,21 +33,34 @@ else
 fi
 [ -z "${OFFLOAD_DIR:-}" ] || set -- --offload_dir "$OFFLOAD_DIR" "$@"
 
+stage=${ZERO_STAGE:-2} offload=${OFFLOAD:-none} checkpointing=True
+if [ "$stage" = auto ]; then
+    chosen=$("$PYTHON" "$here/train_sft.py" \
+        --model_name_or_path "${MODEL:-bigscience/bloom-560m}" \
+        --data_path "${DATA:-$here/data_proj/opendata}" \
+        --output_dir "${OUTPUT:-output_dir/bloom-560m-zero}" \
+        --plan True --plan_for_shell True ${NUM_GPUS:+--plan_ranks "$NUM_GPUS"} "$@")
+    read -r stage offload checkpointing <<WORDS
+$chosen
+WORDS
+    echo "ZERO_STAGE=$stage OFFLOAD=$offload, activation checkpointing $checkpointing: the fastest that fits, by --plan"
+fi
+
 # $launch is several words.
 # shellcheck disable=SC2086
 exec "$PYTHON" $launch "$here/train_sft.py" \
     --model_name_or_path "${MODEL:-bigscience/bloom-560m}" \
     --data_path "${DATA:-$here/data_proj/opendata}" \
-    --output_dir "${OUTPUT:-output_dir/bloom-560m-zero${ZERO_STAGE:-2}}" \
-    --deepspeed "$here/ds_zero${ZERO_STAGE:-2}_config.json" \
-    --offload "${OFFLOAD:-none}" \
+    --output_dir "${OUTPUT:-output_dir/bloom-560m-zero$stage}" \
+    --deepspeed "$here/ds_zero${stage}_config.json" \
+    --offload "$offload" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
     --packing True \
     --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
     --gradient_accumulation_steps 1 \
-    --activation_checkpointing True \
+    --activation_checkpointing "$checkpointing" \
     --save_strategy steps \
     --save_steps 500 \
     --save_total_limit 2 \

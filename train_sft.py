@@ -30,6 +30,7 @@ from transformers.integrations import get_available_reporting_integrations
 from sft import disk, flat_row, lora, plan, precision, report, resume, zero
 from sft.dataset import DataReport, flatten, load_examples
 from sft.lora import LoraArguments
+from sft.model_card import model_card
 from sft.models import load_config, load_model, load_tokenizer, locate
 from sft.packing import PackedDataset
 from sft.plan import PlanArguments
@@ -320,7 +321,7 @@ def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
         "examples": f"{report.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
         "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
         "steps": report.steps_line(args, trainer.train_dataset),
-        "device": report.device_line(args),
+        "device": report.device_line(args, trainer.is_lora),
         "memory": memory,
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
         "example": report.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
@@ -333,7 +334,7 @@ def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | Str
     """Write the loss curve and the model card beside the saved model."""
     output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
     report.plot_losses(history, output_dir / "loss_curve.png")
-    card = report.model_card(base, data_path, data, trainer)
+    card = model_card(base, data_path, data, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     if logged := report.losses(history):
         steps = trainer.state.global_step
@@ -364,6 +365,7 @@ def main() -> None:
             return
         memory = plan.prepare(run, report.longest_row(training_args, train_dataset))
         settings, resumed = prepare_run(training_args, lora_args, config, train_dataset)
+        training_args.eval_on_start = eval_dataset is not None and resumed is None  # the model card says both losses
         zero.size_buffers(training_args, config)
         model = make_model(location, model_args, lora_args, training_args, tokenizer)
         trainer = Trainer(

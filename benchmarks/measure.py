@@ -12,18 +12,16 @@ from pathlib import Path
 
 import torch
 
+from sft import machine
+
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 
 
 def processor() -> str:
-    """Return the name of the GPU, or of the CPU where there is none, and how many cores this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} cores"
+    """Return the name of the GPU, or of the CPU where there is none, with its cores."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine.processor()
 
 
 def versions() -> str:

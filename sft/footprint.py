@@ -231,7 +231,7 @@ def _attend_as_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return context.transpose(1, 2).flatten(2)
 
 
-# --------------------------------------------------------------------------------------------------------- the whole run
+# ------------------------------------------------------------------------------------------------------- the whole run
 
 
 def footprint(strategy: Strategy, load: Load, num_devices: int, num_hosts: int = 1) -> Footprint:

@@ -38,6 +38,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None
         loss = torch.zeros((), device=weight.device)
         for chunk in _chunks(len(labels), len(weight), weight.device.type):
+            log_probs = grad_logits = None  # or the last chunk's would be there until this one's are made
             log_probs = _product(inputs[chunk], matrix.T)
             torch.log_softmax(log_probs, dim=-1, out=log_probs)
             targets = labels[chunk, None]

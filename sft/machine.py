@@ -1,5 +1,6 @@
-"""The memory there is: of each GPU, or of this host, or of cards that one names."""
+"""The machine there is, and its memory: of each GPU, or of this host, or of cards that one names."""
 
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +78,11 @@ def _held_bytes(used: Path) -> int:
     lines = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     files = lines.get("inactive_file", lines.get("total_inactive_file", 0))
     return int(used.read_text()) - int(files) if used.exists() else 0
+
+
+def processor() -> str:
+    """Return the name of the CPU, and how many of its cores this process may use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} cores"

@@ -73,16 +73,18 @@ def strategies(num_devices: int, is_cuda: bool) -> Iterator[Strategy]:
         yield Strategy("LoRA", 3, "all")
 
 
+def option_of(strategy: Strategy, load: Load, machine: Machine) -> Option:
+    """Return a strategy with what it takes on a machine."""
+    plain, checkpointed = (
+        footprint(replace(strategy, checkpointing=checkpointing), load, machine.num_devices)
+        for checkpointing in (False, True)
+    )
+    return Option(strategy, plain, checkpointed, _disk_bytes(strategy, load))
+
+
 def options(load: Load, machine: Machine) -> list[Option]:
     """Return every strategy with what it takes on a machine."""
-    found = []
-    for strategy in strategies(machine.num_devices, machine.is_cuda):
-        plain, checkpointed = (
-            footprint(replace(strategy, checkpointing=checkpointing), load, machine.num_devices)
-            for checkpointing in (False, True)
-        )
-        found.append(Option(strategy, plain, checkpointed, _disk_bytes(strategy, load)))
-    return found
+    return [option_of(strategy, load, machine) for strategy in strategies(machine.num_devices, machine.is_cuda)]
 
 
 def _disk_bytes(strategy: Strategy, load: Load) -> int:
@@ -146,7 +148,7 @@ def choose(found: Sequence[Option], machine: Machine, method: str | None = None)
     return next((strategy for strategy in fitting if strategy), None)
 
 
-# -------------------------------------------------------------------------------------------------------- for one command
+# ----------------------------------------------------------------------------------------------------- for one command
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,10 @@ def show(run: Run) -> str:
     Raises UserError for ds_all.sh if no ZeRO strategy of the method fits.
     """
     here, num_tokens = run.machine, run.args.model_max_length
-    found = options(run.load(num_tokens, here.is_cuda), here)
+    load = run.load(num_tokens, here.is_cuda)
+    found = options(load, here)
     if run.plan_args.plan_for_shell:
-        return _for_shell(run, found, here)
+        return _for_shell(run, found, load, here)
     total = here.device_bytes if here.is_cuda else here.host_bytes
     lines = [
         f"plan     {run.config.model_type} on {here.name} of {total / GIB:,.0f} GiB, {here.host_bytes / GIB:,.0f} GiB "
@@ -209,12 +212,15 @@ def show(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _for_shell(run: Run, found: Sequence[Option], here: Machine) -> str:
-    method = run.strategy.method
-    for option in found:
-        strategy = option.best_on(here)
-        if strategy and strategy.zero_stage and strategy.method == method:
-            return f"{strategy.zero_stage} {strategy.offload} {strategy.checkpointing}"
+def _for_shell(run: Run, found: Sequence[Option], load: Load, here: Machine) -> str:
+    """Return stage, offload and activation checkpointing of the fastest ZeRO strategy that fits."""
+    asked = run.strategy
+    for stage, offload in ((2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
+        if (asked.method == "QLoRA" and stage == 3) or (offload != "none" and not here.is_cuda):
+            continue
+        option = option_of(replace(asked, zero_stage=stage, offload=offload), load, here)
+        if strategy := option.best_on(here):
+            return f"{stage} {offload} {strategy.checkpointing}"
     raise UserError(f"ZERO_STAGE=auto finds no stage that fits {here.name}; {_instead(run, found, here)}")
 
 

@@ -45,3 +45,11 @@ def check_bitsandbytes(flag: str) -> None:
     if not find_spec("bitsandbytes"):
         raise UserError(f"{flag} needs bitsandbytes; type pip install {BITSANDBYTES}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that one may build
+
+
+def line(args: TrainingArguments, is_lora: bool) -> str:
+    """Return in words what numbers a run has."""
+    computed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    held = f"fp32 for what is trained, {computed} for the frozen weights" if is_lora else "fp32 weights"
+    scaled = f", the loss scaled by {INITIAL_LOSS_SCALE:,} at first" if args.fp16 else ""
+    return f"{held}, computed in {computed}{scaled}"

@@ -1,64 +1,26 @@
-"""What a run says of itself: the header before it, the loss curve and the model card after it."""
+"""What a run says of itself: what became of its rows, the header before it, the loss curve after it."""
 
 import json
 import math
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from sft import zero
+from sft import precision, zero
 from sft.dataset import DataReport, labels_of, lengths_of
 from sft.lora import ADAPTER
 from sft.loss import IGNORE_INDEX
+from sft.machine import processor
 from sft.packing import PackedDataset, examples_of
 from sft.shards import NUM_NAMED, size_of
 from sft.streaming import StreamedRows
 
 NOTES = "data_report.jsonl"  # in the output folder
-LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "datasets")
-BASE_LICENCES = {
-    "bloom": "BLOOM is under the BigScience RAIL licence 1.0, whose restrictions of use pass on to this model.",
-    "falcon": "Falcon-7b and -40b are under Apache-2.0; see the base model's own card for other sizes.",
-}
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-language: [zh]
-{base_model}---
-
-# {name}
-
-{base} fine-tuned on Chinese instructions, all weights, loss on the answers only.
-The prompt is in the tokenizer's chat template.
-
-## Data
-
-{data}.
-
-## Run
-
-- {steps}
-- {settings}
-- {versions}
-
-## Result
-
-{results}
-
-![loss curve](loss_curve.png)
-
-## Licences
-
-{licence}
-The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
-"""
 
 
 def model_line(config: PretrainedConfig, settings: dict[str, object]) -> str:
@@ -178,15 +140,14 @@ def steps_line(args: TrainingArguments, rows: Sequence | StreamedRows) -> str:
     )
 
 
-def device_line(args: TrainingArguments) -> str:
-    """Return where a run computes and in which precision; the master weights are always fp32."""
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
-    computed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+def device_line(args: TrainingArguments, is_lora: bool) -> str:
+    """Return where a run computes, and the dtypes of its weights and of its products."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else processor()
     ranks = f"{args.world_size} x " if args.world_size > 1 else ""
     sharing = f", ZeRO-{stage}" if (stage := zero.stage_of(args)) else ", each with the whole model" if ranks else ""
     offload = {"none": "", "optimizer": ", optimizer states offloaded", "all": ", all states offloaded"}[args.offload]
     where = f" to {args.offload_dir}" if args.offload_dir else ""
-    return f"{ranks}{name} ({args.device.type}){sharing}{offload}{where}; fp32 weights, computed in {computed}"
+    return f"{ranks}{name} ({args.device.type}){sharing}{offload}{where}; {precision.line(args, is_lora)}"
 
 
 def gib(num_bytes: float) -> str:
@@ -223,24 +184,3 @@ def plot_losses(log_history: Sequence[dict], path: Path) -> None:
         axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer: Trainer) -> str:
-    """Return the README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
-    args, log_history = trainer.args, trainer.state.log_history
-    results = [
-        f"- {name} loss: {points[0][1]:.4f} at step {points[0][0]:,}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
-        for name, points in (("training", losses(log_history)), ("held-out", losses(log_history, "eval_loss")))
-        if points
-    ]
-    return CARD.format(
-        base_model=f"base_model: {base}\n" if not Path(base).exists() else "",
-        name=Path(args.output_dir).name,
-        base=Path(base).name,
-        data=f"{data}: {data_line(report)}",
-        steps=steps_line(args, trainer.train_dataset),
-        settings=f"length {args.model_max_length}, seed {args.seed}, {device_line(args)}",
-        versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
-        results="\n".join(results),
-        licence=BASE_LICENCES.get(trainer.model.config.model_type, "See the base model's own card."),
-    )

@@ -4,6 +4,7 @@ where going on would be a waste."""
 import math
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,10 +75,11 @@ class Trainer(transformers.Trainer):
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """Run a forward and a backward; keep this rank's loss of the optimizer step."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """Run a forward and a backward; keep this rank's loss of the optimizer step, and count its tokens."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_loss += loss
+        self.watch.num_tokens += inputs["input_ids"].numel()
         return loss
 
     @staticmethod
@@ -270,6 +272,16 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.told_to_end = False
         self.num_skipped = 0
+        self.num_tokens, self.seconds, self.began = 0, 0.0, 0.0
+
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Return the tokens that all ranks have trained on by the seconds of their steps; None without any."""
+        return self.num_tokens * self.trainer.args.world_size / self.seconds if self.seconds else None
+
+    def on_step_begin(self, args: TrainingArguments, state, control, **unused) -> None:
+        """Begin to count the step's seconds."""
+        self.began = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state, control, **unused) -> None:
         """Take SIGTERM as a wish from now on."""
@@ -288,6 +300,7 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         sums = torch.stack([trainer.step_loss.double(), trainer.step_loss.new_tensor(self.told_to_end).double()])
         loss, num_told = trainer.accelerator.reduce(sums, "sum").tolist()
+        self.seconds += time.perf_counter() - self.began  # now that the device has answered
         trainer.step_loss.zero_()
         self.told_to_end = num_told > 0
         if self.told_to_end:

@@ -18,6 +18,7 @@ from sft.program import UserError
 from sft.resume import check_settings, find, settings_of
 
 LENGTHS = [3, 5, 2, 4, 6, 3, 3]
+MODEL = {"parameters": 100}
 LIST = List(Value("int32"))
 FEATURES = Features({"input_ids": LIST, "lengths": LIST, "length": Value("int32")})
 
@@ -51,12 +52,12 @@ def make_args(tmp_path: Path) -> Callable[..., train_sft.TrainingArguments]:
 
 
 def data_hash(args: train_sft.TrainingArguments, rows: Dataset | PackedDataset) -> str:
-    return settings_of(args, rows, 0, 100)["the examples' hash"]
+    return settings_of(args, rows, 0, MODEL)["the examples' hash"]
 
 
 def test_the_same_run_has_the_same_settings(make_args, columns):
-    again = settings_of(make_args(), dataset_of(copy.deepcopy(columns)), 2, 100)
-    assert settings_of(make_args(), dataset_of(columns), 2, 100) == again
+    again = settings_of(make_args(), dataset_of(copy.deepcopy(columns)), 2, MODEL)
+    assert settings_of(make_args(), dataset_of(columns), 2, MODEL) == again
 
 
 def test_rows_that_were_selected_are_the_same_as_if_they_stood_alone(make_args, columns):
@@ -125,7 +126,7 @@ def differences(one: dict, other: dict) -> set[str]:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_is_among_the_settings_by_its_name(make_args, columns, name):
-    plain, changed = (settings_of(args, dataset_of(columns), 0, 100) for args in (make_args(), make_args(**FLAGS)))
+    plain, changed = (settings_of(args, dataset_of(columns), 0, MODEL) for args in (make_args(), make_args(**FLAGS)))
     assert f"--{name}" in differences(plain, changed)
     assert changed[f"--{name}"] == FLAGS[name]
 
@@ -134,7 +135,8 @@ def test_flags_that_change_no_number_are_not_among_the_settings(make_args, colum
     other = make_args(logging_steps=3, save_steps=7, save_total_limit=9, num_train_epochs=9, dataloader_num_workers=1)
     assert (
         differences(
-            settings_of(make_args(), dataset_of(columns), 0, 100), settings_of(other, dataset_of(columns), 0, 100)
+            settings_of(make_args(), dataset_of(columns), 0, MODEL),
+            settings_of(other, dataset_of(columns), 0, MODEL),
         )
         == set()
     )
@@ -142,10 +144,10 @@ def test_flags_that_change_no_number_are_not_among_the_settings(make_args, colum
 
 def test_packing_parameters_and_stage_are_among_the_settings(make_args, columns):
     args, rows = make_args(), dataset_of(columns)
-    plain = settings_of(args, rows, 2, 100)
-    assert differences(plain, settings_of(args, PackedDataset(rows, 8), 2, 100)) == {"--packing"}
-    assert differences(plain, settings_of(args, rows, 3, 100)) == {"ZERO_STAGE"}
-    assert differences(plain, settings_of(args, rows, 2, 101)) == {"parameters"}
+    plain = settings_of(args, rows, 2, MODEL)
+    assert differences(plain, settings_of(args, PackedDataset(rows, 8), 2, MODEL)) == {"--packing"}
+    assert differences(plain, settings_of(args, rows, 3, MODEL)) == {"ZERO_STAGE"}
+    assert differences(plain, settings_of(args, rows, 2, {"parameters": 101})) == {"parameters"}
 
 
 def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_args, columns, monkeypatch):
@@ -157,7 +159,7 @@ def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_a
         for batch, accumulated, processes in sizes:
             args = make_args(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
             monkeypatch.setattr(train_sft.TrainingArguments, "world_size", processes)
-            found.append(settings_of(args, rows, stage, 100))
+            found.append(settings_of(args, rows, stage, MODEL))
         return found
 
     batch, ranks, accumulated, fewer = settings(0)
@@ -169,7 +171,7 @@ def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_a
 
 @pytest.mark.parametrize("flags", [{}, FLAGS])
 def test_settings_outlive_the_file_they_are_kept_in(make_args, columns, flags, tmp_path):
-    settings = settings_of(make_args(**flags), dataset_of(columns), 2, 100)
+    settings = settings_of(make_args(**flags), dataset_of(columns), 2, MODEL)
     # An enum equals its text and would stand in messages under another name.
     assert repr(json.loads(json.dumps(settings))) == repr(settings)
     check_settings(make_checkpoint(tmp_path, 2, settings), settings)

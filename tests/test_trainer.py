@@ -103,6 +103,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(train, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert losses.pop(0) > max(losses.values())
     best = min(losses, key=losses.get)
     assert best != 8, "the last is the best, so the test shows nothing"
     assert {folder.name for folder in checkpoint.folders_in(str(tmp_path))} == {f"checkpoint-{best}", "checkpoint-8"}
@@ -115,9 +116,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(train, tmp_path):
 def test_the_estimate_of_a_checkpoint_is_what_it_takes(train, tmp_path):
     assert train(tmp_path, "--max_steps", "2").returncode == 0
     settings = json.loads((tmp_path / "checkpoint-2" / "complete.json").read_text())["settings"]
-    estimate = checkpoint_bytes(
-        settings["parameters"], SimpleNamespace(save_only_model=False, bf16=False, fp16=False), 0
-    )
+    estimate = checkpoint_bytes(settings["parameters"], 0, in_16_bits=False)
     tokenizer_and_states = 120_000
     assert 0 <= size_of(tmp_path / "checkpoint-2") - estimate < tokenizer_and_states
 

@@ -8,16 +8,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import PROJECT
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from torch import nn
 
 from sft import zero
 from sft.program import UserError
-from sft.zero import OFFLOADS, check_machine, model_state_bytes, read_configuration, size_buffers, stage_of
+from sft.zero import (
+    OFFLOADS,
+    check_machine,
+    ranks_a_host,
+    read_configuration,
+    size_buffers,
+    stage_of,
+    state_bytes,
+)
 
 CPU = {"device": "cpu", "pin_memory": False}
 
@@ -140,73 +146,41 @@ def test_other_offload_needs_no_larger_buffers(offload, folder):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    """1,430 parameters, the largest module's own being 1,000 and the next 420."""
-    return nn.Sequential(nn.Embedding(100, 10), nn.Sequential(nn.Linear(20, 20), nn.LayerNorm(5)))
-
-
-@pytest.fixture(autouse=True)
-def launched_by_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-
-
-def arguments(stage: int, world_size: int = 1, offload: str = "none") -> SimpleNamespace:
-    deepspeed = {"zero_optimization": {"stage": stage}} if stage else None
-    return SimpleNamespace(deepspeed=deepspeed, world_size=world_size, offload=offload)
-
-
-@pytest.mark.parametrize("world_size", [1, 8])
-def test_without_deepspeed_each_device_has_sixteen_bytes_a_parameter(model, world_size):
-    assert model_state_bytes(arguments(0, world_size), model) == (16 * 1430, 0)
-
-
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("hosts", [1, 2, 5])
 @pytest.mark.parametrize("a_host", [1, 2, 8])
-def test_zero_3_takes_what_deepspeed_estimates(model, monkeypatch, offload, hosts, a_host):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(a_host))
+def test_zero_3_takes_what_deepspeed_estimates(offload, hosts, a_host):
     on_host, on_device, _ = estimate_zero3_model_states_mem_needs(
         1430, 1000, a_host, hosts, cpu_offload=offload != "none", cpu_offload_params=offload == "all"
     )
-    assert model_state_bytes(arguments(3, hosts * a_host, offload), model) == (on_device, on_host)
+    assert state_bytes(3, offload, 1430, 1000, a_host, hosts) == (on_device, on_host)
 
 
 @pytest.mark.parametrize("offload", ["none", "optimizer"])
 @pytest.mark.parametrize("hosts", [1, 2, 5])
 @pytest.mark.parametrize("a_host", [1, 2, 8])
-def test_zero_2_takes_what_deepspeed_estimates(model, monkeypatch, offload, hosts, a_host):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(a_host))
+def test_zero_2_takes_what_deepspeed_estimates(offload, hosts, a_host):
     on_host, on_device = estimate_zero2_model_states_mem_needs(1430, a_host, hosts, cpu_offload=offload != "none")
-    assert model_state_bytes(arguments(2, hosts * a_host, offload), model) == (on_device, on_host)
+    assert state_bytes(2, offload, 1430, 1000, a_host, hosts) == (on_device, on_host)
 
 
-def test_the_arithmetic_of_two_hosts_with_four_devices_each(model, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+def test_the_arithmetic_of_two_hosts_with_four_devices_each():
     # The largest module's weights in 32 bits and an eighth of 18 bytes a parameter; 1.5 times 4 gathered ones a host.
-    assert model_state_bytes(arguments(3, 8), model) == (4 * 1000 + 18 * 1430 // 8, 4 * 4 * 1000 * 1.5)
+    assert state_bytes(3, "none", 1430, 1000, 4, 2) == (4 * 1000 + 18 * 1430 // 8, 4 * 4 * 1000 * 1.5)
     # The weights in 16 bits; 16 bytes a parameter, halved over two hosts, and half as much again.
-    assert model_state_bytes(arguments(3, 8, "optimizer"), model) == (4000 + 2 * 1430 // 8, 16 * 1430 / 2 * 1.5)
-    assert model_state_bytes(arguments(3, 8, "all"), model) == (4000, 18 * 1430 / 2 * 1.5)
+    assert state_bytes(3, "optimizer", 1430, 1000, 4, 2) == (4000 + 2 * 1430 // 8, 16 * 1430 / 2 * 1.5)
+    assert state_bytes(3, "all", 1430, 1000, 4, 2) == (4000, 18 * 1430 / 2 * 1.5)
 
 
 @pytest.mark.parametrize(
     ("environment", "a_host"), [({}, 4), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}, 2)]
 )
-def test_the_ranks_of_a_host_are_those_its_launcher_says(model, monkeypatch, environment, a_host):
+def test_the_ranks_of_a_host_are_those_its_launcher_says(monkeypatch, environment, a_host):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    on_host, on_device, _ = estimate_zero3_model_states_mem_needs(1430, 1000, a_host, 4 // a_host, cpu_offload=False)
-    assert model_state_bytes(arguments(3, 4), model) == (on_device, on_host)
-
-
-def test_weights_that_zero_3_has_split_count_whole(model):
-    whole = model_state_bytes(arguments(3), model)
-    for parameter in model.parameters():
-        parameter.ds_numel = parameter.numel()
-        parameter.data = torch.empty(0)
-    assert model_state_bytes(arguments(3), model) == whole
+    assert ranks_a_host(SimpleNamespace(world_size=4)) == a_host
 
 
 # ------------------------------------------------------------------------------------------------------------- machine
