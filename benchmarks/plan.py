@@ -5,11 +5,13 @@
 
 A measured run is train_sft.py itself, three steps on packed rows, each one long answer, so that nearly every token is
 trained, as the plan takes them to be. What counts is the peak of a process's own memory (RssAnon, 20 times a second)
-above that of the same command with --check_data, which ends before the model is loaded.
+above that of the same command with --check_data, which ends before the model is loaded. glibc is told to give every
+tensor back at once, as it does not by itself: what it keeps for later would be counted as well.
 """
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -113,13 +115,13 @@ WAYS = {
 }
 
 
-def anonymous_bytes(pid: int) -> int:
-    """Return the memory of a process that is in no file, 0 if it is gone."""
+def resident_bytes(pid: int) -> int:
+    """Return the memory that a process has now, frozen weights that are mapped from their file included."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def descendants(pid: int) -> list[int]:
@@ -137,9 +139,10 @@ def peak_of(command: list[str]) -> int:
     Raises RuntimeError with the end of its output if it fails.
     """
     with tempfile.TemporaryFile("w+") as log:
-        process, peak = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), 0
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        process, peak = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), 0
         while process.poll() is None:
-            peak = max(peak, *map(anonymous_bytes, descendants(process.pid)))
+            peak = max(peak, *map(resident_bytes, descendants(process.pid)))
             time.sleep(SECONDS_BETWEEN)
         log.seek(0)
         if process.returncode:
@@ -158,10 +161,11 @@ def measure_point(folder: str, data: str, num_tokens: int, point: Point, scratch
     return peak_of(command) - peak_of([*command, "--check_data"])
 
 
-def write_rows(path: Path) -> str:
-    """Write rows whose answers are longer than any row here, made of the sample's; return the path."""
+def write_rows(path: Path, num_tokens: int) -> str:
+    """Write rows whose answers are longer than `num_tokens`, made of the sample's; return the path."""
     texts = list(read_texts(SAMPLE))
-    rows = [{"instruction": "写", "input": "", "output": "".join(texts[start:])} for start in range(8)]
+    answers = ["".join(texts[start:])[: 10 * num_tokens] for start in range(8)]
+    rows = [{"instruction": "写", "input": "", "output": answer} for answer in answers]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     return str(path)
 
@@ -172,7 +176,7 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
     for shape in shapes:
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(Path(scratch, "base"))
-            data = write_rows(Path(scratch, "rows.json"))
+            data = write_rows(Path(scratch, "rows.json"), num_tokens)
             arguments = ["--shape", shape, "--text", SAMPLE, "--output", folder]
             subprocess.run([sys.executable, "-m", "sft.random_model", *arguments], check=True)
             for way in ways:

@@ -266,7 +266,7 @@ def _states(strategy: Strategy, load: Load, sizes: Sizes, numbers: Numbers, acti
         weights += sizes.quantized * (NF4_BYTES - numbers.weights.itemsize)
     gradients = 4 * trained
     held = weights + optimizer
-    at_step = held + gradients + (3 * 4 * sizes.largest if strategy.optim == "adafactor" else 0)
+    at_step = held + gradients + (2 * 4 * sizes.largest if strategy.optim == "adafactor" else 0)
     return max(held + activations + (gradients if load.accumulates else 0), held + gradients + step, at_step)
 
 

@@ -131,7 +131,7 @@ def count_trained(args: LoraArguments, config: PretrainedConfig) -> int:
 def settings_of(args: LoraArguments, config: PretrainedConfig) -> dict[str, object]:
     """Return what of the model must be the same for a run to go on from another's checkpoint."""
     num_parameters = count_parameters(config)
-    settings = {"parameters": num_parameters, "trained parameters": num_parameters, "--lora_r": args.lora_r}
+    settings = {"parameters": num_parameters, "--lora_r": args.lora_r, "trained parameters": num_parameters}
     if args.lora_r:
         settings["trained parameters"] = count_trained(args, config)
         names = ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit")

@@ -12,6 +12,7 @@ from sft.program import UserError
 GIB = 2**30
 # CUDA's context and kernels, and what the allocator cannot use between its blocks.
 CUDA_BYTES, CUDA_SHARE = GIB, 0.05
+HEAP_SHARE = 0.15  # of a host's memory, for what glibc keeps of tensors that are gone
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Machine:
         """Return what tensors can have of a device; on a CPU the ranks share the host's memory."""
         if self.is_cuda:
             return int(self.device_bytes * (1 - CUDA_SHARE)) - CUDA_BYTES
-        return self.host_bytes // self.num_devices
+        return int(self.host_bytes * (1 - HEAP_SHARE)) // self.num_devices
 
 
 def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_cpu: bool) -> Machine:

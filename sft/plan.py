@@ -55,7 +55,7 @@ def fits(needs: Footprint, machine: Machine, zero_stage: int) -> bool:
     if machine.is_cuda:
         return needs.device <= machine.usable_bytes and needs.host <= machine.host_bytes
     ranks = machine.num_devices if zero_stage else 1
-    return max(needs.device * ranks, needs.host) <= machine.host_bytes
+    return needs.device * ranks <= machine.usable_bytes * machine.num_devices and needs.host <= machine.host_bytes
 
 
 def strategies(num_devices: int, is_cuda: bool) -> Iterator[Strategy]:

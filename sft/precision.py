@@ -1,6 +1,5 @@
 """The numbers of a run: what it computes in on this card, what its optimizer keeps, and which packages that takes."""
 
-import logging
 from importlib.util import find_spec
 
 import torch
@@ -41,10 +40,9 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def check_bitsandbytes(flag: str) -> None:
-    """Raise UserError if bitsandbytes, which `flag` needs, is not installed; keep it quiet where it is."""
+    """Raise UserError if bitsandbytes, which `flag` needs, is not installed."""
     if not find_spec("bitsandbytes"):
         raise UserError(f"{flag} needs bitsandbytes; type pip install {BITSANDBYTES}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that one may build
 
 
 def line(args: TrainingArguments, is_lora: bool) -> str:

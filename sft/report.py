@@ -29,7 +29,7 @@ def model_line(config: PretrainedConfig, settings: dict[str, object]) -> str:
     if not settings["--lora_r"]:
         return line
     trained, bits = settings["trained parameters"], " in 4 bits" if settings["--load_in_4bit"] else ""
-    return f"{line}, frozen{bits}; LoRA trains {trained:,} more, {trained / settings['parameters']:.2%} of as many"
+    return f"{line}, frozen{bits}; LoRA trains {trained:,} beside them ({trained / settings['parameters']:.2%})"
 
 
 def data_line(report: DataReport | StreamedRows) -> str:

@@ -3,6 +3,7 @@
 No test needs a network or a GPU. Each worker keeps its models and caches in its own temporary folder.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -48,6 +49,20 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[shape]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """Two dozen rows of all seven sample files."""
+    files = sorted(SAMPLE.glob("*.json"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()[:4]][:24]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

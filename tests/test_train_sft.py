@@ -13,30 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, SAMPLE, TINY_SHAPES
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from conftest import PROJECT, TINY_SHAPES
+from plain_loop import FIXED, HEAD, logged, plain_losses, replies_of, tensors_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.packing import pack
-
-HEAD = "Below is an instruction that describes a task"
-FIXED = ["--save_strategy", "no", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
-# With Adam's usual 1e-8, rounding grows a hundredfold within twenty steps: a gradient that is zero but for it moves its
-# weight by the whole learning rate.
-FIXED += ["--adam_epsilon", "1e-3"]
-
-
-@pytest.fixture(scope="session")
-def rows() -> list[dict]:
-    """Two dozen rows of all seven sample files."""
-    files = sorted(SAMPLE.glob("*.json"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()[:4]][:24]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.json"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def train(run: Callable, model: Path, data: Path, output: Path, *flags: object) -> subprocess.CompletedProcess:
@@ -46,61 +27,11 @@ def train(run: Callable, model: Path, data: Path, output: Path, *flags: object) 
     return result
 
 
-def logged(output: Path, name: str = "loss") -> list[float]:
-    state = json.loads((output / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
-
-
-def replies_of(row: dict) -> list[dict]:
-    """Return a task for each reply of a row, which may be a conversation as multiturn_chat_0.8M writes it."""
-    if not row["instruction"].startswith("Human:"):
-        return [row]
-    texts = [*re.split(r"(?:^|\n)(?:Human|Assistant):", row["instruction"])[1:-1], row["output"]]
-    tasks, history = [], ""
-    for question, reply in zip(texts[::2], texts[1::2], strict=True):
-        instruction = f"{history}Human:{question}\nAssistant:" if history else question
-        tasks.append({"instruction": instruction, "input": "", "output": reply})
-        history += f"Human:{question}\nAssistant:{reply}\n"
-    return tasks
-
-
-def tensors_of(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    context = ", paired with an input that provides further context" if row["input"] else ""
-    body = f"{row['instruction']}\n\n### Input:\n{row['input']}" if row["input"] else row["instruction"]
-    prompt = tokenizer(
-        f"{HEAD}{context}. Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{body}\n\n### Response:"
-    ).input_ids
-    answer = [*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id]
-    return torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
-
-
-def reference_losses(folder: Path, steps: list[list[dict]]) -> list[float]:
-    """The original's recipe over stock transformers: one example a forward, the mean over a step's labels."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(steps))
-    losses = []
-    for rows in steps:
-        batch = [tensors_of(task, tokenizer) for row in rows for task in replies_of(row)]
-        num_labels = sum((labels != -100).sum() for _, labels in batch)
-        loss = 0.0
-        for input_ids, labels in batch:
-            logits = model(input_ids).logits[0, :-1]
-            share = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / num_labels
-            share.backward()
-            loss += share.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
-        losses.append(loss)
-    return losses
-
-
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, rows, tmp_path):
     flags = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 4]
     train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
-    expected = reference_losses(make_model(shape), 4 * [rows[i : i + 4] for i in range(0, 24, 4)])
+    expected = plain_losses(make_model(shape), 4 * [rows[i : i + 4] for i in range(0, 24, 4)])
     assert logged(tmp_path) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0] - 0.1
 
@@ -115,7 +46,7 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     lengths = np.array([sum(tensors_of(task, tokenizer)[0].shape[1] for task in replies_of(row)) for row in rows])
     row_of = pack(lengths, length, seed=42)  # the Trainer's default seed
     packed = [[rows[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max() + 1)]
-    assert logged(tmp_path) == pytest.approx(reference_losses(make_model(shape), 3 * packed), abs=1e-5)
+    assert logged(tmp_path) == pytest.approx(plain_losses(make_model(shape), 3 * packed), abs=1e-5)
     assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
     assert (
         f"about {24 / len(packed):.0f} examples a step = {24 / len(packed):.1f} a row x 1 per device" in result.stdout
