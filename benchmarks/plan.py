@@ -4,7 +4,7 @@
     python -m benchmarks.plan --measure                     real runs on this CPU beside their plan
 
 A measured run is train_sft.py itself, three steps on packed rows, each one long answer, so that nearly every token is
-trained, as the plan takes them to be. What counts is the peak of a process's own memory (RssAnon, 20 times a second)
+trained, as the plan takes them to be. What counts is the peak of a process's resident memory (VmRSS, 20 times a second)
 above that of the same command with --check_data, which ends before the model is loaded. glibc is told to give every
 tensor back at once, as it does not by itself: what it keeps for later would be counted as well.
 """

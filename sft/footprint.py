@@ -29,6 +29,8 @@ PROBE_TOKENS = (32, 64)
 PROBE_VOCABULARY = 256
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale for each 64 of them, and one for 256 of those
 PROCESS_BYTES = 2**30  # a Python process with torch and transformers, before any model
+# Of DeepSpeed's estimate for a parameter, gradients of 16 and of 32 bits: not there yet where activations are most.
+LATE_BYTES = 2 + 4
 ZERO2_BUCKET, ZERO3_LIVE = 200_000_000, 1_000_000_000  # elements, as in ds_zero2_config.json and ds_zero3_config.json
 
 
@@ -241,7 +243,8 @@ def footprint(strategy: Strategy, load: Load, num_devices: int, num_hosts: int =
     activations, step = _activations(strategy, load, sizes, numbers)
     if strategy.zero_stage:
         device, host = _zero_states(strategy, load, sizes, num_devices, num_hosts)
-        device += activations
+        late = (4 if load.accumulates else LATE_BYTES) * sizes.trained / (num_devices * num_hosts)
+        device = max(device + step, device - (late if strategy.offload == "none" else 0) + activations)
     else:
         device, host = _states(strategy, load, sizes, numbers, activations, step), 0
     # Where a configuration does not say, the files are 16-bit, as BLOOM's and Falcon's are.

@@ -71,7 +71,7 @@ def let_read_only(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "in_16_bits", "save_only_model", "bytes_a_parameter"),
+    ("zero_stage", "in_16_bits", "save_only_model", "bytes_each"),
     [
         (0, False, False, 12),
         (0, True, False, 12),
@@ -87,11 +87,8 @@ def let_read_only(folder: Path) -> None:
         (3, True, True, 2),
     ],
 )
-def test_a_checkpoint_has_weights_master_weights_and_moments(
-    zero_stage, in_16_bits, save_only_model, bytes_a_parameter
-):
-    estimate = disk.checkpoint_bytes(1000, zero_stage, in_16_bits, save_only_model)
-    assert estimate == 1000 * bytes_a_parameter
+def test_a_checkpoint_has_weights_master_weights_and_moments(zero_stage, in_16_bits, save_only_model, bytes_each):
+    assert disk.checkpoint_bytes(1000, zero_stage, in_16_bits, save_only_model) == 1000 * bytes_each
 
 
 def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):

@@ -121,7 +121,7 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, star
     step = int(re.search(r"^stopped: SIGTERM came; saved \S+/checkpoint-(\d+) of 400 steps", stderr, re.MULTILINE)[1])
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     steps_an_epoch = 27
-    assert stdout.count("eval_loss") <= step // steps_an_epoch
+    assert stdout.count("eval_loss") <= (ranks == 1) + step // steps_an_epoch  # the first before the first step
 
     if ranks == 2:
         return

@@ -17,6 +17,7 @@ from conftest import PROJECT, TINY_SHAPES
 from plain_loop import FIXED, HEAD, logged, plain_losses, replies_of, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft.machine import processor
 from sft.packing import pack
 
 
@@ -109,9 +110,11 @@ def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
     return output, result.stdout
 
 
-def test_the_eval_loss_is_the_saved_models_mean_over_all_labels(finished, rows):
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_eval_loss_is_the_models_mean_over_all_labels(moment, finished, make_model, rows):
     output, _ = finished
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(make_model("bloom-tiny") if moment == "before" else output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
     loss_sum, num_labels = 0.0, 0
     with torch.no_grad():
         for task in [task for row in rows for task in replies_of(row)]:
@@ -119,8 +122,9 @@ def test_the_eval_loss_is_the_saved_models_mean_over_all_labels(finished, rows):
             logits = model(input_ids).logits[0, :-1]
             loss_sum += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
             num_labels += (labels != -100).sum().item()
-    assert logged(output, "eval_loss")[-1] == pytest.approx(loss_sum / num_labels, rel=1e-5)
-    assert len(logged(output, "eval_loss")) == 2
+    of_each_epoch = logged(output, "eval_loss")
+    assert len(of_each_epoch) == 3
+    assert of_each_epoch[0 if moment == "before" else -1] == pytest.approx(loss_sum / num_labels, rel=1e-5)
 
 
 def test_the_saved_folder_is_a_plain_model_that_a_clean_process_loads(finished):
@@ -149,7 +153,12 @@ def test_curve_card_and_tensorboard_are_written(finished):
     output, _ = finished
     assert (output / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert f"{logged(output)[0]:.4f}" in card and f"{logged(output, 'eval_loss')[-1]:.4f}" in card
+    assert f"training loss: {logged(output)[0]:.4f} at step 1, {logged(output)[-1]:.4f} at step " in card
+    before, *_, after = logged(output, "eval_loss")
+    assert f"held-out loss: {before:.4f} before the first step, {after:.4f} at step " in card
+    assert re.search(r"^- [1-9][\d,]* tokens a second in the steps", card, re.MULTILINE)
+    assert f"hardware: {processor().split(',')[0]}" in card and f"torch {torch.__version__}, transformers" in card
+    assert "25 kept (1 of them cut), 1 refused" in card and "`data_report.jsonl`" in card
     assert "research only" in card and "RAIL" in card
     assert list(output.rglob("events.out.tfevents.*"))
 
