@@ -53,6 +53,29 @@ def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
         ) from None
 
 
+@contextmanager
+def new_model_folder(output: str) -> Iterator[Path]:
+    """Give the path of a hidden folder to write a model into; then move all of it to `output`, whole or not at all.
+
+    Raises UserError if `output` is no new or empty folder, or cannot be written to.
+    """
+    check_writable(output, flag="the output folder")
+    target = Path(output).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{output} is there already; give a new folder")
+    unfinished = target.parent / f".{target.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    target.mkdir(exist_ok=True)
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(target / file.name)  # the one without which no folder is a model, last
+    unfinished.rmdir()
+
+
 def _nearest(output_dir: str) -> Path:
     """Return the output folder, or the nearest one above it that is there and can be looked into."""
     folder = Path(output_dir).absolute()

@@ -7,14 +7,13 @@ Weights come from the optimizer's fp32 master copies where DeepSpeed has kept th
 otherwise from the checkpoint's safetensors files.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft import checkpoint
-from sft.disk import check_writable
+from sft.disk import new_model_folder
 from sft.models import load_adapter, load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, one_line, run_program
 
@@ -72,20 +71,12 @@ def export(path: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
 
     Raises UserError if there is no whole checkpoint at `path`, or something is at `output`.
     """
-    check_writable(output, flag="the output folder")
-    folder, target = choose(path), Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{output} is there already; give a new folder")
-    model = load(folder).to(dtype)
-    model.config.dtype = dtype
-    unfinished = target.parent / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    load_tokenizer(str(folder)).save_pretrained(unfinished)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(target / file.name)  # the one without which no folder is a model, last
-    unfinished.rmdir()
+    with new_model_folder(output) as unfinished:
+        folder = choose(path)
+        model = load(folder).to(dtype)
+        model.config.dtype = dtype
+        model.save_pretrained(unfinished)
+        load_tokenizer(str(folder)).save_pretrained(unfinished)
     return folder
 
 

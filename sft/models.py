@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import torch
@@ -169,11 +170,13 @@ def load_adapter(
 
 def load_model(
     name_or_path: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     cache_dir: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """Return the model with its weights in `dtype`, or quantized; no device map, so DeepSpeed may place them.
+    """Return the model with its weights in `dtype`, in that of its files ("auto"), or quantized.
+
+    No device map, so DeepSpeed may place them.
 
     Raises UserError if weights are missing, incomplete or broken.
     """
