@@ -43,11 +43,12 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]
 
 
 @pytest.fixture
-def trim(run: Callable, few_rows: tuple, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+def trim(run_forked: Callable, few_rows: tuple, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that trims a model for the few rows into tmp_path / "small"."""
 
     def trim(model: Path, *flags: object, data: Path = few_rows[0], code: int = 0) -> subprocess.CompletedProcess:
-        result = run("-m", "sft.trim_vocab", model, tmp_path / "small", "--data", data, *flags)
+        words = ["sft/trim_vocab.py", model, tmp_path / "small", "--data", data, *flags]
+        result = run_forked([*map(str, words)], 300)
         assert result.returncode == code, result.stdout + result.stderr
         return result
 
@@ -136,8 +137,9 @@ def test_the_most_frequent_tokens_are_kept(trim, make_model, few_rows, tmp_path)
     assert f"the data is cut into {small_tokens / tokens - 1:.2%} more tokens than before" in printed
 
 
-def test_what_comes_out_trains_and_answers(trim, make_model, few_rows, run, tmp_path):
-    trim(make_model("bloom-tiny"))
+def test_what_comes_out_trains_and_answers(make_model, few_rows, run, tmp_path):
+    trimmed = run("-m", "sft.trim_vocab", make_model("bloom-tiny"), tmp_path / "small", "--data", few_rows[0])
+    assert trimmed.returncode == 0, trimmed.stderr
     flags = ["--data_path", few_rows[0], "--output_dir", tmp_path / "tuned", "--max_steps", 2]
     trained = run("train_sft.py", "--model_name_or_path", tmp_path / "small", *flags)
     assert trained.returncode == 0, trained.stderr
