@@ -12,6 +12,11 @@ if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null && 
         echo "chromium cannot be installed" >&2
 fi
 cd "$here"
+# Beside the other packages: its import takes seconds, which the tests without it should not pay.
+beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/bitsandbytes
+[ -d "$beside" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$beside" \
+    "$("$PYTHON" -c 'from sft.precision import BITSANDBYTES; print(BITSANDBYTES)')" ||
+    echo "bitsandbytes cannot be installed: its tests are skipped" >&2
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # Two workers of one thread each: the models are too small to share out over threads.

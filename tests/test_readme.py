@@ -61,9 +61,9 @@ def test_every_file_in_the_tree_exists_and_every_file_is_in_the_tree(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_and_variable_is_known(name):
-    from train_sft import DataArguments, ModelArguments, Parser, TrainingArguments
+    from train_sft import DataArguments, LoraArguments, ModelArguments, Parser, PlanArguments, TrainingArguments
 
-    parser = Parser((ModelArguments, DataArguments, TrainingArguments))
+    parser = Parser((ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments))
     known = {option for action in parser._actions for option in action.option_strings}
     known |= {"--demo", "--checkpoint"}
     programs = [*PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("sft/*.py"), *PROJECT.glob("app.py")]
