@@ -302,8 +302,9 @@ def _activations(strategy: Strategy, load: Load, sizes: Sizes, numbers: Numbers)
     forward = kept.stem_by_token * tokens + sizes.num_layers * (stream if strategy.checkpointing else layer)
     loss, left_by_loss = _loss_bytes(strategy, load, numbers, kept.stream_by_token / hidden)
     # The gradients of the MLP's inner states, 4 H, of what its activation makes of them, and of the stream.
-    moving = 9 * stream + (layer if strategy.checkpointing else 0)
-    return forward + max(loss, left_by_loss + moving), kept.stem_by_token * tokens + moving
+    moving = 9 * stream
+    recomputed = layer if strategy.checkpointing else 0
+    return forward + max(loss, left_by_loss + recomputed + moving), kept.stem_by_token * tokens + layer + moving
 
 
 def _loss_bytes(strategy: Strategy, load: Load, numbers: Numbers, stream_itemsize: float) -> tuple[float, float]:

@@ -35,25 +35,25 @@ class Machine:
 
 def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_cpu: bool) -> Machine:
     """Return this machine, or the one that --plan_gpu and --plan_ram name; raise UserError if they name none."""
-    host_bytes = _size(plan_ram, "--plan_ram") if plan_ram else available_bytes()
+    host_bytes = _size(plan_ram, f"--plan_ram {plan_ram}", "128GB") if plan_ram else available_bytes()
     if plan_gpu:
         match = re.fullmatch(r"(\d+)x(.+)", plan_gpu)
         number, size = (int(match[1]), match[2]) if match else (1, plan_gpu)
         if not number:
             raise UserError(f"--plan_gpu {plan_gpu} is no card; leave it out to plan for this machine")
-        return Machine(number, _size(size, "--plan_gpu"), host_bytes, is_cuda=True, name=f"{number} x {size}")
+        device_bytes = _size(size, f"--plan_gpu {plan_gpu}", "2x24GB")
+        return Machine(number, device_bytes, host_bytes, is_cuda=True, name=f"{number} x {size}")
     if use_cpu or not torch.cuda.is_available():
         return Machine(num_ranks or 1, host_bytes, host_bytes, is_cuda=False, name="the CPU")
     properties, number = torch.cuda.get_device_properties(0), num_ranks or torch.cuda.device_count()
     return Machine(number, properties.total_memory, host_bytes, is_cuda=True, name=f"{number} x {properties.name}")
 
 
-def _size(text: str, flag: str) -> int:
+def _size(text: str, given: str, example: str) -> int:
     """Return the bytes of a size such as 24GB; as of cards, a GB is 2^30 bytes here."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
-        example = "2x24GB" if flag == "--plan_gpu" else "128GB"
-        raise UserError(f"{flag} {text} is no size; expected one such as {example}")
+        raise UserError(f"{given} is no size; expected one such as {example}")
     return int(float(match[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[match[2].upper()])
 
 

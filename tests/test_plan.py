@@ -1,0 +1,158 @@
+"""sft/plan.py, machine.py and footprint.py: what fits, what to type, and runs that are refused or get checkpointing."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT
+
+from sft import machine
+from sft.footprint import Load, Strategy, footprint, sizes_of
+from sft.lora import LoraArguments
+from sft.machine import GIB, Machine
+from sft.models import count_parameters
+from sft.plan import choose, options, table
+from sft.program import UserError
+from sft.random_model import SHAPES
+
+
+@pytest.fixture
+def plan(run: Callable, make_model: Callable, data: Path, tmp_path: Path) -> Callable:
+    """Return a function that runs train_sft.py on a tiny BLOOM with flags."""
+
+    def plan(*flags: object, code: int = 0):
+        given = ["--model_name_or_path", make_model("bloom-tiny"), "--data_path", data, "--output_dir", tmp_path / "o"]
+        result = run("train_sft.py", *given, "--use_cpu", "True", *flags)
+        assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
+        return result
+
+    return plan
+
+
+def load_of(shape: str, num_tokens: int = 2048) -> Load:
+    return Load(SHAPES[shape], LoraArguments(lora_r=16), num_tokens, False, torch.bfloat16, True)
+
+
+def cards(number: int, size: int, ram: int) -> Machine:
+    return Machine(number, size * GIB, ram * GIB, is_cuda=True, name=f"{number} x {size}GB")
+
+
+# -------------------------------------------------------------------------------------------------------- the machine
+
+
+def test_named_cards_are_the_machine():
+    found = machine.find("2x24GB", "128GB", None, use_cpu=False)
+    assert (found.num_devices, found.device_bytes, found.host_bytes, found.is_cuda) == (2, 24 * GIB, 128 * GIB, True)
+    assert machine.find("24GB", "1.5TB", None, use_cpu=False).host_bytes == 1536 * GIB
+    assert found.usable_bytes < 0.92 * found.device_bytes
+
+
+@pytest.mark.parametrize("given", ["0x24GB", "2x", "x24GB", "24", "2x24KB", "2x0GB", "-1x24GB"])
+def test_no_card_is_refused(given):
+    with pytest.raises(UserError, match=rf"--plan_gpu {re.escape(given)} is no (card|size)"):
+        machine.find(given, "64GB", None, use_cpu=False)
+
+
+# ------------------------------------------------------------------------------------------------------- what it takes
+
+
+@pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny", "bloom-560m", "bloom-7b1", "falcon-7b"])
+def test_sizes_are_the_models(shape):
+    sizes = sizes_of(SHAPES[shape], LoraArguments(lora_r=16), is_lora=False)
+    assert sizes.total == sizes.trained == count_parameters(SHAPES[shape])
+    assert sizes.embedding == SHAPES[shape].vocab_size * SHAPES[shape].hidden_size
+
+
+def test_states_of_all_weights_are_sixteen_bytes_each_and_eight_bits_ten():
+    load, total = load_of("bloom-7b1", 1), count_parameters(SHAPES["bloom-7b1"])
+    embedding = SHAPES["bloom-7b1"].vocab_size * SHAPES["bloom-7b1"].hidden_size
+    for optim, states in (("adamw_torch_fused", 16 * total), ("adamw_bnb_8bit", 10 * total + 6 * embedding)):
+        needs = footprint(Strategy("full", optim=optim, checkpointing=True), load, 1).device
+        assert states <= needs < 1.05 * states + 2 * GIB
+
+
+@pytest.mark.parametrize("shape", ["bloom-560m", "falcon-7b"])
+def test_more_tokens_take_more_and_checkpointing_and_lora_less(shape):
+    def needs(strategy: Strategy, num_tokens: int = 2048) -> int:
+        return footprint(strategy, load_of(shape, num_tokens), 1).device
+
+    full, checkpointed = Strategy("full"), Strategy("full", checkpointing=True)
+    assert needs(full, 4096) > needs(full, 512) and needs(checkpointed, 4096) < needs(full, 4096)
+    assert needs(Strategy("QLoRA")) < needs(Strategy("LoRA")) < needs(full)
+    first, second, third = (needs(full, num_tokens) for num_tokens in (8192, 16384, 24576))
+    assert second - first == pytest.approx(third - second, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_divides_and_offload_moves_to_the_host(stage):
+    load = load_of("bloom-7b1")
+    few, many = (footprint(Strategy("full", stage), load, number) for number in (2, 8))
+    offloaded = footprint(Strategy("full", stage, "optimizer"), load, 2)
+    assert many.device < few.device and offloaded.device < few.device and offloaded.host > few.host
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize(
+    ("shape", "here", "method", "expected"),
+    [
+        ("bloom-560m", cards(1, 24, 64), "full", Strategy("full")),
+        ("bloom-7b1", cards(1, 80, 256), "full", Strategy("full", optim="adamw_bnb_8bit", checkpointing=True)),
+        ("bloom-7b1", cards(1, 24, 64), "full", None),
+        ("bloom-7b1", cards(1, 24, 64), "LoRA", Strategy("LoRA", checkpointing=True)),
+        ("bloom-7b1", cards(8, 80, 1024), "full", Strategy("full", 2)),
+        ("bloom-3b", cards(2, 24, 128), "full", Strategy("full", 2, "optimizer")),
+        ("bloom-3b", cards(2, 24, 16), "full", None),  # the host is too small to offload to
+    ],
+)
+def test_the_best_that_fits_is_chosen(shape, here, method, expected):
+    found = options(load_of(shape), here)
+    assert choose(found, here, method) == expected
+    lines = table(found, here).splitlines()
+    assert len(lines) == len(found) + 1
+    assert {line.split()[-1] for line in lines[1:]} <= {"yes", "no", "checkpointed"}
+
+
+def test_the_table_names_commands_that_are_there(plan):
+    printed = plan("--plan", "--plan_gpu", "2x24GB", "--plan_ram", "128GB", "--model_max_length", "256").stdout
+    lines = printed.splitlines()
+    assert "2 x 24GB of 24 GiB, 128 GiB of host memory; rows of 256 tokens" in lines[0]
+    for method, script in (("full", "ds_all.sh"), ("LoRA", "ds_all.sh"), ("QLoRA", "base_run.sh")):
+        [line] = [line for line in lines if re.match(rf"{method} +MODEL=", line)]
+        words = shlex.split(line)
+        assert words[words.index("sh") + 1] == script and (PROJECT / script).exists()
+        assert ("--lora_r" in words) == (method != "full") and ("--load_in_4bit" in words) == (method == "QLoRA")
+        assert "--model_max_length" in words
+
+
+def test_the_shell_is_told_stage_offload_and_checkpointing(plan):
+    printed = plan("--plan", "True", "--plan_for_shell", "True", "--plan_ranks", "2").stdout
+    assert printed.split() == ["2", "none", "False"]
+    stderr = plan("--plan", "True", "--plan_for_shell", "True", "--plan_gpu", "2x1200MB", "--plan_ram", "1GB", code=2)
+    assert "ZERO_STAGE=auto finds no stage that fits 2 x 1200MB" in stderr.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- before each run
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_model_is_loaded(plan, tmp_path):
+    result = plan("--plan_ram", "1000MB", "--max_steps", 1, code=2)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "full, one process on rows of" in result.stderr and "--check_fit False" in result.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert (
+        "loss" in plan("--plan_ram", "1000MB", "--max_steps", 1, "--check_fit", "False", "--save_strategy", "no").stdout
+    )
+
+
+def test_the_header_says_what_the_run_takes(plan):
+    printed = plan("--max_steps", 1, "--save_strategy", "no").stdout
+    assert re.search(
+        r"^memory   about 0\.\d of \d+\.\d GiB on each process and \d+\.\d of \d+\.\d on the host, by --plan$",
+        printed,
+        re.M,
+    )
