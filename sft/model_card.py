@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers import Trainer
+from yaml import YAMLError
 
 from sft.dataset import DataReport
 from sft.report import NOTES, data_line, device_line, losses, steps_line
@@ -96,7 +97,7 @@ def base_licence(base: str, model_type: str) -> tuple[str, str]:
     metadata = "" if folder.exists() else f"base_model: {base}\n"
     try:
         own = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
-    except (ValueError, OSError):  # a README.md that is no card
+    except (ValueError, OSError, YAMLError):  # a README.md that is no card
         own = None
     if own:
         return f"{metadata}license: {own}\n", f"{folder.name} is under the licence `{own}`, as its own card says."

@@ -1,20 +1,25 @@
 """sft/plan.py, machine.py and footprint.py: what fits, what to type, and runs that are refused or get checkpointing."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROJECT
+from transformers import AutoModelForCausalLM, Trainer
 
 from sft import machine
 from sft.footprint import Load, Strategy, footprint, sizes_of
 from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
 from sft.models import count_parameters
-from sft.plan import choose, options, table
+from sft.plan import PlanArguments, Run, choose, options, prepare, table
 from sft.program import UserError
 from sft.random_model import SHAPES
 
@@ -149,6 +154,24 @@ def test_a_run_that_cannot_fit_is_refused_before_the_model_is_loaded(plan, tmp_p
     )
 
 
+def test_activation_checkpointing_is_on_where_the_run_fits_only_with_it(make_model, tmp_path):
+    from train_sft import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
+    # Cards that leave 22 MiB, between the 18 that tiny BLOOM takes with activation checkpointing and the 29 without.
+    plan_args = PlanArguments(plan_gpu="1x1102MB", plan_ram="64GB")
+    run = Run(args, LoraArguments(), plan_args, SHAPES["bloom-tiny"], "m", "d", "o")
+    assert prepare(run, 512).endswith("by --plan")
+    assert prepare(run, 2048).endswith("; activation checkpointing is on, without which it does not fit")
+    model = AutoModelForCausalLM.from_pretrained(make_model("bloom-tiny"))
+    Trainer(model, args, train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8).train()
+    assert model.is_activation_checkpointing
+
+    open_no_more = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing=False)
+    with pytest.raises(UserError, match="--activation_checkpointing True"):
+        prepare(replace(run, args=open_no_more), 2048)
+
+
 def test_the_header_says_what_the_run_takes(plan):
     printed = plan("--max_steps", 1, "--save_strategy", "no").stdout
     assert re.search(
@@ -156,3 +179,19 @@ def test_the_header_says_what_the_run_takes(plan):
         printed,
         re.M,
     )
+
+
+@pytest.mark.slow
+def test_the_script_runs_the_stage_that_the_plan_chose(make_model, data, cache_dir, tmp_path):
+    variables = {"MODEL": make_model("bloom-tiny"), "DATA": data, "OUTPUT": tmp_path / "o", "DEVICE": "cpu"}
+    variables |= {"ZERO_STAGE": "auto", "NUM_GPUS": 2, "PYTHON": sys.executable, "HF_DATASETS_CACHE": cache_dir}
+    result = subprocess.run(
+        ["sh", PROJECT / "ds_all.sh", "--max_steps", "1", "--save_strategy", "no"],
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "ZERO_STAGE=2 OFFLOAD=none, activation checkpointing False: the fastest that fits" in result.stdout
+    assert ", ZeRO-2; fp32 weights" in result.stdout and (tmp_path / "o" / "model.safetensors").exists()

@@ -233,21 +233,3 @@ def test_a_finished_run_started_again_trains_no_step_more(run, make_model, data,
     assert "has made all its 3 steps" in again.stdout and "in 3 steps; saved" in again.stdout
     assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
     AutoTokenizer.from_pretrained(tmp_path)
-
-
-def test_precision_follows_the_card(monkeypatch, tmp_path):
-    import transformers
-
-    from train_sft import TrainingArguments
-
-    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: None)
-    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for has_bf16 in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
-        arguments = TrainingArguments(output_dir=str(tmp_path))
-        assert (arguments.bf16, arguments.fp16) == (has_bf16, not has_bf16)
-    assert not any(
-        (TrainingArguments(output_dir="o", bf16=False).bf16, TrainingArguments(output_dir="o", bf16=False).fp16)
-    )
-    assert not TrainingArguments(output_dir="o", use_cpu=True).bf16
