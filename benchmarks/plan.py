@@ -35,7 +35,7 @@ MODELS["bloom-13b"] = bloom(5120, 36, 40)  # no release; a shape that people ask
 MODELS["falcon-7b"] = SHAPES["falcon-7b"]
 CARDS = {"1 x 24 GB": (1, 24, 64), "2 x 24 GB": (2, 24, 128), "1 x 80 GB": (1, 80, 256), "8 x 80 GB": (8, 80, 1024)}
 NUM_TOKENS = 2048
-MEASURED_SHAPES = ("bloom-154m", "falcon-154m", "bloom-560m")
+MEASURED_SHAPES = ("bloom-154m", "falcon-174m", "bloom-560m")
 SECONDS_BETWEEN = 0.05
 SAMPLE = "data_proj/sample"
 

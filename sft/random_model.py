@@ -84,7 +84,7 @@ SHAPES: dict[str, PretrainedConfig] = {
     "bloom-demo": bloom(192, 4, 6, vocab_size=DEMO_VOCAB_SIZE),
     "falcon-demo": falcon(192, 4, 6, vocab_size=DEMO_VOCAB_SIZE),
     "bloom-154m": bloom(512, 8, 8),
-    "falcon-154m": falcon(960, 12, 15),
+    "falcon-174m": falcon(960, 12, 15),
     "bloom-560m": bloom(1024, 24, 16),
     "bloom-1b1": bloom(1536, 24, 16),
     "bloom-1b7": bloom(2048, 24, 16),

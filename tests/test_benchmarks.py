@@ -66,12 +66,23 @@ def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_mo
     assert (tmp_path / f"{name}.md").read_text().split("\n\n")[-1] in printed
 
 
+def test_a_trimmed_model_trains_on_the_same_tokens(tmp_path: Path):
+    given = ["--shape", "bloom-tiny", "--vocab_size", 600, "--steps", 1, "--max_length", 256, "--output", tmp_path]
+    printed = run("benchmarks.trim_vocab", *given)
+    results = json.loads((tmp_path / "trim-vocab-bloom-tiny-cpu.json").read_text())["results"]
+    whole, trimmed = results["whole"], results["trimmed"]
+    assert whole["parameters"] - trimmed["parameters"] == (1024 - 600) * 64
+    assert (whole["tokens"], whole["labels"]) == (trimmed["tokens"], trimmed["labels"])
+    assert "| trimmed: 600 tokens | 138,624 | 83.6% |" in printed
+
+
 @pytest.mark.parametrize(
     ("module", "given", "expected"),
     [
         ("throughput", ["--data", "nowhere"], "--data nowhere does not exist"),
         ("throughput", [], "the following arguments are required: --data"),
         ("memory", ["--no_such_flag"], "--no_such_flag"),
+        ("trim_vocab", ["--vocab_size", "1024"], "--vocab_size 1024 is not 512 to 1,023"),
         ("generation", ["--checkpoint", "x"], "--checkpoint and --data belong together"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,36 @@ def test_named_cards_are_the_machine():
 def test_no_card_is_refused(given):
     with pytest.raises(UserError, match=rf"--plan_gpu {re.escape(given)} is no (card|size)"):
         machine.find(given, "64GB", None, use_cpu=False)
+
+
+def test_a_hosts_gpus_are_the_machine_unless_the_cpu_is_asked_for(monkeypatch):
+    card = SimpleNamespace(total_memory=16 * GIB, name="Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    expected = Machine(4, 16 * GIB, 64 * GIB, is_cuda=True, name="4 x Tesla V100")
+    assert machine.find(None, "64GB", None, use_cpu=False) == expected
+    assert machine.find(None, "64GB", 2, use_cpu=False).num_devices == 2
+    assert not machine.find(None, "64GB", None, use_cpu=True).is_cuda
+
+
+def test_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
+    files = {
+        "/proc/meminfo": "MemTotal: 67108864 kB\nMemAvailable: 33554432 kB\n",
+        "/sys/fs/cgroup/memory.max": str(8 * GIB),
+        "/sys/fs/cgroup/memory.current": str(5 * GIB),
+        "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {2 * GIB}\n",
+    }
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    with pytest.raises(UserError, match="--plan_ram 64GB"):
+        machine.available_bytes()
+    for name, text in files.items():
+        path = tmp_path / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert machine.available_bytes() == 5 * GIB  # 8 less the 5 in use, of which 2 are files that can go
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert machine.available_bytes() == 32 * GIB
 
 
 # ------------------------------------------------------------------------------------------------------- what it takes
