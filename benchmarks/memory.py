@@ -8,6 +8,7 @@ the peak above the loaded model, so gradients are in it and weights are not.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -78,6 +79,9 @@ def plot(points: dict[str, dict[int, dict]], title: str, path: Path) -> None:
         axes.plot(known.keys(), known.values(), "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens in the row", ylabel="GiB above the loaded model", title=title)
     axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    lowest, highest = (math.log2(edge) for edge in axes.get_ylim())
+    sizes = [2.0**power for power in range(math.ceil(lowest), math.floor(highest) + 1)]
+    axes.set_yticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
