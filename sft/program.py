@@ -1,6 +1,7 @@
 """How every program here runs and ends: a user's mistake is exit code 2 and one line, never a traceback."""
 
 import argparse
+import atexit
 import ctypes
 import logging
 import os
@@ -75,6 +76,9 @@ def run_program(main: Callable[[], None]) -> None:
         end_with_parent()
     try:
         main()
+        if "LOCAL_RANK" in os.environ:
+            atexit._run_exitfuncs()  # of trackers such as wandb
+            _leave_at_once(0)
     except EarlyEndError as end:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(end, OneRankError):
             for bar in tuple(tqdm._instances):  # so that the message is the last line, and one of its own
@@ -97,6 +101,11 @@ def _leave(end: EarlyEndError) -> NoReturn:
     """Exit with the code of `end`; a process group still open would abort, and closing it could wait for ever."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(end.exit_code)
+        _leave_at_once(end.exit_code)
     sys.exit(end.exit_code)
+
+
+def _leave_at_once(exit_code: int) -> NoReturn:
+    """Exit without Python's and C++'s own tidying up, which can abort on the threads of ranks whose work is done."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(exit_code)

@@ -153,12 +153,31 @@ def test_what_was_printed_and_the_exit_code_outlive_an_open_group(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (2, "before", "error: its disk is full\n")
 
 
+@pytest.mark.parametrize(
+    ("rank", "printed"), [("0", "done tracker\n"), ("1", "done tracker\n"), (None, "done waited tracker\n")]
+)
+def test_a_rank_whose_work_is_done_leaves_its_threads_behind(rank, printed):
+    code = (
+        "import atexit, threading; from sft.program import run_program\n"
+        "def main():\n"
+        "    atexit.register(print, 'tracker')\n"
+        "    threading.Thread(target=lambda: (threading.main_thread().join(), print('waited', end=' '))).start()\n"
+        "    print('done', end=' ')\n"
+        "run_program(main)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    environment |= {"LOCAL_RANK": rank} if rank else {}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (0, printed, "")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 @pytest.mark.parametrize(("rank", "calls"), [(None, []), ("0", [(1, signal.SIGKILL)]), ("1", [(1, signal.SIGKILL)])])
-def test_a_rank_and_no_other_program_is_killed_with_its_launcher(as_before, monkeypatch, rank, calls):
+def test_a_rank_and_no_other_program_is_killed_with_its_launcher(as_before, ended, monkeypatch, rank, calls):
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    run_program(lambda: None)
+    ended(UserError("one"))
     assert as_before == calls
 
 
