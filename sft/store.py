@@ -7,15 +7,11 @@ of its examples end to end, and "lengths", the tokens of each example's prompt a
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain
@@ -28,10 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import json_text, prompts, rows, shards, tokenise
-from sft.program import UserError, end_with_parent, one_line
+from sft.program import UserError, one_line
 from sft.rows import Row, Shape
 from sft.shards import Block, Refused
 from sft.tokenise import Encoder, Example
+from sft.workers import KilledWorkerError, workers
 
 ROWS, NOTES, COUNTS = "rows.arrow", "notes.jsonl", "counts.json"
 SCHEMA = pa.schema(
@@ -201,20 +198,18 @@ def _encode_apart(
     files: Sequence[Path], encoder: Encoder, counts: Counts, num_workers: int
 ) -> Iterator[tuple[int, int, Encoded]]:
     """Encode blocks in worker processes, a few blocks ahead of what is written, and yield them in their order."""
-    # A fork begins at once and shares the tokenizer's memory; elsewhere processes are started anew.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[tuple[int, Block, Shape | None, Future]] = deque()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core's
     try:
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder,)) as pool:
+        with workers(num_workers, encode_block, encoder) as submit:
             for number, block, shape in _blocks(files, counts):
-                waiting.append((number, block, shape, pool.submit(_encode_in_worker, number, block, shape)))
+                waiting.append((number, block, shape, submit(number, block, shape)))
                 if len(waiting) > 2 * num_workers:
                     yield _result(encoder, *waiting.popleft())
             while waiting:
                 yield _result(encoder, *waiting.popleft())
-    except BrokenProcessPool:
+    except KilledWorkerError:
         raise UserError(
             f"one of {num_workers} tokenising processes was killed, most often because memory ran out; give fewer with "
             "--preprocessing_num_workers"
@@ -232,21 +227,6 @@ def _result(
         return number, block.position, future.result()
     except RecursionError:  # values so deep that no other process can be sent them
         return number, block.position, encode_block(encoder, number, block, shape)
-
-
-_encoder: Encoder | None = None
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends the others where one was killed
-    end_with_parent()
-
-
-def _encode_in_worker(number: int, block: Block, shape: Shape | None) -> Encoded:
-    return encode_block(_encoder, number, block, shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding

@@ -187,7 +187,7 @@ def test_several_processes_make_what_one_makes(num_workers, expected, folder, to
 
 def test_few_rows_are_tokenised_without_a_process_more(tokenizer, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.jsonl", rows_of(100))
-    monkeypatch.setattr(store, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(store, "workers", None)
     assert len(load_examples(str(file), tokenizer, str(tmp_path / "cache"), num_workers=2)[0]) == 99
 
 
