@@ -228,7 +228,7 @@ def _instead(run: Run, found: Sequence[Option], here: Machine) -> str:
     """Return what to type instead: the best strategy of the same method that fits, or of any."""
     chosen = choose(found, here, run.strategy.method) or choose(found, here)
     if chosen is None:
-        return "nothing that --plan knows fits here; give a smaller model or --model_max_length"
+        return "nothing that --plan knows fits here; give a smaller model or a shorter --model_max_length"
     return f"this fits: {command(chosen, run, here.num_devices)}"
 
 
