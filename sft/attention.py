@@ -1,6 +1,6 @@
 """Attention of BLOOM and Falcon over one flat row: several examples end to end, each attending to itself alone.
 
-Shapes: T = tokens of the row, H = heads, K = key-value heads (K divides H), D = size of a head.
+Shapes: T = tokens of the row, N = T / 128, H = heads, K = key-value heads (K divides H), D = size of a head.
 
 transformers' own forwards know padding but no boundaries, so examples that share a row would read one another. Here
 every example is attended as if it were alone: causal, its positions counted from 0 again. Nothing of size (T, T) is
@@ -19,6 +19,13 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
 BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
+# Every query meets a key, itself, so no row of scores is all masked.
+KERNEL_OPTIONS = {"ROWS_GUARANTEED_SAFE": True}
+# Falcon-7b's backward would otherwise have one thread block for each block of keys, and loop over 71 heads in it.
+EXPANDS_KEYS = True
+HEAD_ALIGNMENT = 8  # elements; GPUs' kernels without a (T, T) take no head sizes between
+
+Rotations = tuple[torch.Tensor, torch.Tensor]  # RoPE's cosines and sines, each (1, T, D)
 
 
 @dataclass
@@ -45,7 +52,7 @@ class FlatRow:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """Return which blocks of keys each block of queries meets, from the boundaries alone."""
+        """Return which blocks of keys each block of queries meets, and the reverse, from the boundaries alone."""
         length = len(self.example_ids)
         # The tail of a last block that the row does not fill belongs to no example.
         blocks = functional.pad(self.example_ids, (0, -length % BLOCK_SIZE), value=-1).view(-1, BLOCK_SIZE)
@@ -55,17 +62,16 @@ class FlatRow:
         met = (column <= row) & (last[None, :] >= first[:, None])
         # Both blocks within one example, keys before queries: no token needs a look at the mask.
         full = (column < row) & (first[None, :] == first[:, None]) & whole[:, None]
-        partial_counts, partial_indices = _ordered(met & ~full)
-        full_counts, full_indices = _ordered(full)
-        return BlockMask.from_kv_blocks(
-            partial_counts,
-            partial_indices,
-            full_counts,
-            full_indices,
-            BLOCK_SIZE=BLOCK_SIZE,
-            mask_mod=self.mask_mod,
-            seq_lengths=(length, length),
-        )
+        partial = met & ~full
+        kinds = torch.stack([partial, full, partial.T, full.T])  # by queries, and by keys for the backward
+        counts = kinds.sum(2, dtype=torch.int32)[:, None, None]
+        # BlockMask.from_kv_blocks would make the same in seven times the time.
+        indices = kinds.byte().argsort(dim=2, descending=True, stable=True).int()[:, None, None]
+        names = ("kv", "full_kv", "q", "full_q")
+        named = {f"{name}_num_blocks": counts[kind] for kind, name in enumerate(names)}
+        named |= {f"{name}_indices": indices[kind] for kind, name in enumerate(names)}
+        size = (BLOCK_SIZE, BLOCK_SIZE)
+        return BlockMask(seq_lengths=(length, length), BLOCK_SIZE=size, mask_mod=self.mask_mod, **named)
 
     @property
     def mask_mod(self):
@@ -90,65 +96,94 @@ class FlatRow:
         return add_bias
 
 
-def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many blocks each row of a boolean (rows, columns) names, and which, named ones first."""
-    indices = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
-    return blocks.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
-
-
 @torch.compiler.disable  # compiled by itself where it is compiled
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
-    """Return the attended values (1, T, H * D) of query (1, H, T, D), key and value (1, K, T, D).
+def attend(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
+    """Return the attended values (1, T, H * D) of a packed projection (1, T, K, H / K + 2, D).
 
-    Scores are scaled by 1 / sqrt(D).
+    Each of the K groups holds its queries, one key and one value. Scores are scaled by 1 / sqrt(D). `rotations` are
+    RoPE's cosines and sines, None where the model has ALiBi.
     """
-    if torch.is_autocast_enabled(query.device.type):  # projections in 4 bits give back what they were given, fp32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    attend_heads = attend_by_blocks if has_flex_attention(query.device) else attend_by_examples
-    context = attend_heads(query, key, value, row)
-    return context.transpose(1, 2).flatten(2)
+    if torch.is_autocast_enabled(packed.device.type):  # projections in 4 bits give back what they were given, fp32
+        packed = packed.to(torch.get_autocast_dtype(packed.device.type))
+    attend_row = attend_by_blocks if has_flex_attention(packed.device) else attend_by_examples
+    return attend_row(packed, row, rotations)
 
 
 @cache
 def has_flex_attention(device: torch.device) -> bool:
-    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, so no V100."""
+    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, so no Turing."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+def split(packed: torch.Tensor, rotations: Rotations | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query (1, H, T, D), key and value (1, K, T, D) of a packed projection, rotated by RoPE if it has any."""
+    query, key, value = packed.split([packed.shape[3] - 2, 1, 1], dim=3)
+    query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
+    if rotations is not None:
+        query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *rotations)
+        # Under autocast the rotations are fp32 and the values are not; the kernels take one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    return query, key, value
 
 
-def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
-    """Attend with one FlexAttention kernel, in (1, H, T, D); T must fill whole blocks.
+def attend_by_blocks(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
+    """Attend with one FlexAttention kernel; T must fill whole blocks.
 
     In a last block that is not full its backward gives NaN where a score function is there too
     (pytorch/pytorch issue 153799).
     """
-    return _compiled_flex_attention()(
+    blocks = (1, -1, BLOCK_SIZE)
+    if rotations is not None:
+        rotations = tuple(each.view(*blocks, each.shape[-1]) for each in rotations)
+    return _compiled_for_blocks()(packed.unflatten(1, blocks[1:]), rotations, row.score_mod, row.block_mask)
+
+
+@cache
+def _compiled_for_blocks():
+    return torch.compile(_attend_blocks)
+
+
+def _attend_blocks(packed: torch.Tensor, rotations: Rotations | None, score_mod, block_mask: BlockMask):
+    """Attend within the compiled function; packed is (1, N, BLOCK_SIZE, K, H / K + 2, D), rotations alike.
+
+    Whole blocks come in and are split here, so that the compiler knows every stride and that a block divides T: only
+    then do its kernels load keys and values asynchronously.
+    """
+    if rotations is not None:
+        rotations = tuple(each.flatten(1, 2) for each in rotations)
+    query, key, value = split(packed.flatten(1, 2), rotations)
+    num_heads, num_groups = query.shape[1], key.shape[1]
+    if num_groups == 1 and EXPANDS_KEYS:
+        key, value = (heads.expand(-1, num_heads, -1, -1) for heads in (key, value))
+    context = flex_attention(
         query,
         key,
         value,
-        score_mod=row.score_mod,
-        block_mask=row.block_mask,
-        enable_gqa=query.shape[1] != key.shape[1],
+        score_mod=score_mod,
+        block_mask=block_mask,
+        enable_gqa=num_heads != key.shape[1],
+        kernel_options=KERNEL_OPTIONS,
     )
+    return context.transpose(1, 2).flatten(2)
 
 
-def attend_by_examples(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: FlatRow) -> torch.Tensor:
-    """Attend example by example, in (1, H, T, D), with PyTorch's causal kernel, whose memory grows with T alone.
+def attend_by_examples(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
+    """Attend example by example, with PyTorch's causal kernel, whose memory grows with T alone.
 
     The kernel takes no bias of its own without a mask of (T, T), so ALiBi goes in as one more dimension of the head:
-    1 in every query, the bias of the key times sqrt(D) in every key.
+    1 in every query, the bias of the key times sqrt(D) in every key. Keys and values are repeated for each query head:
+    for grouped ones PyTorch has no such kernel on older GPUs, and would hold scores of (H, T, T).
     """
+    query, key, value = split(packed, rotations)
     dtype, head_dim = query.dtype, query.shape[-1]
+    if repeats := query.shape[1] // key.shape[1] - 1:
+        key, value = (heads.repeat_interleave(repeats + 1, 1) for heads in (key, value))
     if row.key_bias is not None:
-        repeats = query.shape[1] // key.shape[1]  # the bias is each query head's own
-        key, value = (heads.float().repeat_interleave(repeats, 1) for heads in (key, value))
-        key = torch.cat([key, (row.key_bias * math.sqrt(head_dim))[None, :, :, None]], dim=-1)
-        query, value = functional.pad(query.float(), (0, 1), value=1.0), functional.pad(value, (0, 1))
+        more = 1 if query.device.type == "cpu" else HEAD_ALIGNMENT
+        bias = (row.key_bias * math.sqrt(head_dim))[None, :, :, None]
+        query = functional.pad(functional.pad(query.float(), (0, 1), value=1.0), (0, more - 1))
+        key = functional.pad(torch.cat([key.float(), bias], dim=-1), (0, more - 1))
+        value = functional.pad(value.float(), (0, more))
     with torch.autocast(query.device.type, enabled=False):  # which would round the bias to 16 bits
         contexts = [
             functional.scaled_dot_product_attention(
@@ -157,18 +192,16 @@ def attend_by_examples(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
                 value[:, :, start:end],
                 is_causal=True,
                 scale=1 / math.sqrt(head_dim),
-                enable_gqa=query.shape[1] != key.shape[1],
             )
             for start, end in row.spans
         ]
-    return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype)
+    return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype).transpose(1, 2).flatten(2)
 
 
 def bloom_attention(self, hidden_states: torch.Tensor, residual: torch.Tensor, attention_mask: FlatRow, **unused):
     """Stand in for BloomAttention.forward; hidden states and residual are (1, T, H * D)."""
-    qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, self.head_dim))
-    query, key, value = qkv.transpose(1, 2).unbind(3)
-    output = self.dense(attend(query, key, value, attention_mask))
+    packed = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, self.head_dim))
+    output = self.dense(attend(packed, attention_mask))
     return modeling_bloom.dropout_add(output, residual, self.hidden_dropout, self.training), None
 
 
@@ -178,15 +211,9 @@ def falcon_attention(self, hidden_states: torch.Tensor, attention_mask: FlatRow,
     The fused projection holds, for each key-value head, its queries, the key and the value; Falcon-7b has one such
     group, Falcon-40b several, rw shapes one for each head.
     """
-    num_groups = self.num_kv_heads
-    qkv = self.query_key_value(hidden_states).unflatten(-1, (num_groups, -1, self.head_dim))
-    query, key, value = qkv.split([self.num_heads // num_groups, 1, 1], dim=3)
-    query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
-    if attention_mask.key_bias is None:
-        query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
-        # Under autocast the rotations are fp32 and the values are not; the kernels take one dtype.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-    return self.dense(attend(query, key, value, attention_mask)), None
+    packed = self.query_key_value(hidden_states).unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
+    rotations = position_embeddings if attention_mask.key_bias is None else None
+    return self.dense(attend(packed, attention_mask, rotations)), None
 
 
 FORWARDS = {

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from sft import attention, flat_row, lora, zero
+from sft.attention import FlatRow, Rotations, split
 from sft.lora import LoraArguments
 from sft.loss import CHUNK_BYTES
 from sft.models import without_weights
@@ -225,9 +226,10 @@ class Probe:
             attention.attend = own
 
 
-def _attend_as_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row) -> torch.Tensor:
+def _attend_as_flex(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (heads.to(torch.get_autocast_dtype("cpu")) for heads in (query, key, value))
+        packed = packed.to(torch.get_autocast_dtype("cpu"))
+    query, key, value = split(packed, rotations)
     grouped = query.shape[1] != key.shape[1]
     context = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     return context.transpose(1, 2).flatten(2)
