@@ -19,8 +19,8 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
 BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
-# Every query meets a key, itself, so no row of scores is all masked.
-KERNEL_OPTIONS = {"ROWS_GUARANTEED_SAFE": True}
+
+KERNEL_OPTIONS: dict = {}
 # Falcon-7b's backward would otherwise have one thread block for each block of keys, and loop over 71 heads in it.
 EXPANDS_KEYS = True
 HEAD_ALIGNMENT = 8  # elements; GPUs' kernels without a (T, T) take no head sizes between

@@ -126,6 +126,9 @@ def first_equals(examples: Dataset) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- the flat row
 
 
+COLUMNS = ("input_ids", "lengths")  # of a row: its token ids, and the tokens of each prompt and answer by turns
+
+
 def labels_of(row: dict) -> list[int]:
     """Return a row's labels: the ids of its answers, and IGNORE_INDEX in place of its prompts."""
     input_ids, labels, start = row["input_ids"], [], 0
@@ -137,18 +140,21 @@ def labels_of(row: dict) -> list[int]:
 
 
 def flatten(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Join rows end to end, without padding: int64 `input_ids`, `labels` and `position_ids`, each (1, T).
+    """Join rows end to end, without padding: int64 `input_ids`, `labels`, `position_ids`, each (1, T).
 
     Positions count from 0 in each example, whose prompt and answer are as long as the row's "lengths" say by turns.
+    `label_positions`, int64 (1, N), are the positions whose next token has a label.
     """
-    input_ids, labels, position_ids = [], [], []
-    for row in rows:
-        input_ids += row["input_ids"]
-        labels += labels_of(row)
-        for prompt, answer in zip(row["lengths"][::2], row["lengths"][1::2], strict=True):
-            position_ids += range(prompt + answer)
-    flat = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    flat = {name: torch.tensor([values]) for name, values in flat.items()}
+    input_ids, lengths = (np.concatenate([row[name] for row in rows]).astype(np.int64) for name in COLUMNS)
+    per_example = lengths[::2] + lengths[1::2]
+    starts = np.cumsum(per_example) - per_example
+    position_ids = np.arange(len(input_ids)) - np.repeat(starts, per_example)
     # What begins an example is no continuation of the one before it.
-    flat["labels"][flat["position_ids"] == 0] = IGNORE_INDEX
-    return flat
+    is_labelled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths) & (position_ids != 0)
+    flat = {
+        "input_ids": input_ids,
+        "labels": np.where(is_labelled, input_ids, IGNORE_INDEX),
+        "position_ids": position_ids,
+        "label_positions": np.flatnonzero(is_labelled) - 1,
+    }
+    return {name: torch.from_numpy(values)[None] for name, values in flat.items()}

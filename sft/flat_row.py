@@ -69,15 +69,22 @@ def removed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def forward(
-    self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels=None, num_items_in_batch=None, **unused
+    self,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    label_positions: torch.Tensor | None = None,
+    **unused,
 ) -> CausalLMOutput:
     """Stand in for the forward of a causal language model: the loss of a flat row, or its logits without `labels`.
 
-    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T). The loss is summed and divided
-    by `num_items_in_batch`, by default the number of labels; the logits are (1, T, V).
+    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T), as `sft.dataset.flatten` makes
+    them with `label_positions`, (1, N), which are found here without it. The loss is summed and divided by
+    `num_items_in_batch`, by default the number of labels; the logits are (1, T, V).
     """
     length = input_ids.shape[1]
-    if input_ids.is_cuda:
+    if attention.has_flex_attention(input_ids.device):
         # FlexAttention's whole blocks, which are few shapes to compile for: up to 127 tokens, each its own example.
         missing = -length % attention.BLOCK_SIZE
         input_ids, position_ids = (functional.pad(ids, (0, missing)) for ids in (input_ids, position_ids))
@@ -89,14 +96,15 @@ def forward(
     hidden_states = hidden_states[:, :length]
     if labels is None:
         return CausalLMOutput(logits=head(hidden_states))
-    return CausalLMOutput(loss=head(hidden_states, labels, num_items_in_batch))
+    positions = None if label_positions is None else label_positions[0]
+    return CausalLMOutput(loss=head(hidden_states, labels, num_items_in_batch, positions))
 
 
-def _loss_or_logits(self, hidden_states: torch.Tensor, labels=None, num_items_in_batch=None) -> torch.Tensor:
+def _loss_or_logits(self, hidden_states: torch.Tensor, labels=None, num_items=None, positions=None) -> torch.Tensor:
     """Stand in for the head's forward; inside it the weight is whole, also where ZeRO-3 splits it over the ranks."""
     if labels is None:
         return type(self).forward(self, hidden_states)
-    return next_token_loss(hidden_states, self.weight, labels, num_items_in_batch, self.tied)
+    return next_token_loss(hidden_states, self.weight, labels, num_items, self.tied, positions)
 
 
 def _embed(self, input_ids: torch.Tensor, head: nn.Module) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from sft import attention, flat_row, lora, zero
 from sft.attention import FlatRow, Rotations, split
 from sft.lora import LoraArguments
-from sft.loss import CHUNK_BYTES
+from sft.loss import chunk_bytes
 from sft.models import without_weights
 from sft.precision import optimizer_bytes
 
@@ -313,7 +313,7 @@ def _loss_bytes(strategy: Strategy, load: Load, numbers: Numbers, stream_itemsiz
     """Return what `sft.loss` holds at its peak and what it leaves to the backward, every token being labelled."""
     vocab_size, hidden, compute = load.config.vocab_size, load.config.hidden_size, load.compute_dtype.itemsize
     matrix, states = vocab_size * hidden, load.num_tokens * hidden
-    most = max(1, CHUNK_BYTES["cuda" if load.is_cuda else "cpu"] // (4 * vocab_size))
+    most = max(1, chunk_bytes("cuda" if load.is_cuda else "cpu") // (4 * vocab_size))
     is_rounded = compute < 4
     logits = min(most, load.num_tokens) * vocab_size * (4 + (compute if is_rounded else 0))
     inputs = states * (2 * stream_itemsize + (compute if is_rounded else 0))

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from sft.dataset import lengths_of
+from sft.dataset import COLUMNS, lengths_of
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
@@ -62,7 +62,7 @@ class PackedDataset(Dataset):
     def __getitem__(self, row: int) -> dict[str, list[int]]:
         start = self.ends[row - 1] if row else 0
         examples = self.examples[self.order[start : self.ends[row]].tolist()]
-        return {name: list(chain.from_iterable(examples[name])) for name in ("input_ids", "lengths")}
+        return {name: list(chain.from_iterable(examples[name])) for name in COLUMNS}
 
 
 def examples_of(rows: datasets.Dataset | PackedDataset) -> datasets.Dataset:

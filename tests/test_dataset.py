@@ -151,6 +151,7 @@ def test_examples_are_joined_end_to_end_without_padding():
         "input_ids": [[10, 11, 12, 20, 30, 31]],
         "labels": [[-100, 11, 12, -100, -100, 31]],
         "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "label_positions": [[0, 1, 4]],
     }
     assert all(value.dtype == torch.int64 for value in row.values())
 
@@ -193,8 +194,10 @@ def test_tokenised_rows_join_into_what_they_are_alone(tokenizer: PreTrainedToken
     assert [part[0].tolist() for part in parts] == [example["input_ids"] for example in examples]
     alone = [flatten([example]) for example in examples]
     assert all(len(row["input_ids"]) == 1 for row in alone)
-    for name, value in flatten(examples).items():
-        assert torch.equal(value, torch.cat([row[name] for row in alone], dim=1))
+    joined = flatten(examples)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(joined[name], torch.cat([row[name] for row in alone], dim=1))
+    assert torch.equal(joined["label_positions"][0], label_positions(joined["labels"]))
 
 
 def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], Path]):

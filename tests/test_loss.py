@@ -50,8 +50,8 @@ def tensors_of(tree: object) -> Iterable[torch.Tensor]:
 
 def hold(monkeypatch: pytest.MonkeyPatch, positions: int, vocab: int = VOCAB) -> None:
     """Let a chunk be of so many positions at most; at 0, the logits of a single one are already too many."""
-    for device_type in ("cpu", "cuda"):
-        monkeypatch.setitem(loss.CHUNK_BYTES, device_type, 4 * vocab * positions)
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_ON_HOST"):
+        monkeypatch.setattr(loss, name, 4 * vocab * positions)
 
 
 def batch(
