@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="a model folder, a LoRA adapter's folder or a hub id")
     parser.add_argument("--compare", help="another one, whose answers stand beside")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument("--quantize", default="none", choices=("none", "int8"), help="int8: faster on a CPU")
     parser.add_argument("--listen", action="store_true", help="answer other machines too; needs --auth")
     parser.add_argument("--share", action="store_true", help="answer at a public gradio.live address; needs --auth")

@@ -66,7 +66,6 @@ exec "$PYTHON" "$here/train_sft.py" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
     --packing True \
-    --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
     --gradient_accumulation_steps 1 \
     --save_strategy steps \

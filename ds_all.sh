@@ -57,7 +57,6 @@ exec "$PYTHON" $launch "$here/train_sft.py" \
     --num_train_epochs 3 \
     --model_max_length 2048 \
     --packing True \
-    --per_device_train_batch_size 1 \
     --per_device_eval_batch_size 1 \
     --gradient_accumulation_steps 1 \
     --activation_checkpointing "$checkpointing" \

@@ -8,13 +8,10 @@ Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md);
 """
 
 import difflib
-import os
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
@@ -25,9 +22,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import get_available_reporting_integrations
 
-from sft import disk, flat_row, lora, plan, precision, report, resume, zero
+from sft import arguments, disk, flat_row, lora, plan, precision, report, resume, zero
+from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.dataset import DataReport, flatten, load_examples
 from sft.lora import LoraArguments
 from sft.model_card import model_card
@@ -44,81 +41,6 @@ Rows = Dataset | PackedDataset | StreamedRows
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@dataclass
-class ModelArguments:
-    """Which model."""
-
-    model_name_or_path: str = field(metadata={"help": "A Hugging Face model folder, or a hub id."})
-
-
-@dataclass
-class DataArguments:
-    """Which rows."""
-
-    data_path: str = field(metadata={"help": "A file of instruction rows or conversations, or a folder of them."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out rows, for an eval loss."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Without --eval_data_path: the share of the rows to hold out, chosen by --seed."}
-    )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Fill rows of --model_max_length tokens with several examples; a batch counts such rows."},
-    )
-    dedup: bool = field(default=False, metadata={"help": "Leave out rows whose text stood before."})
-    max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "End before training if more than this share of the rows is refused."}
-    )
-    check_data: bool = field(default=False, metadata={"help": "Say what becomes of the rows, and end."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Tokenise rows while training on them, and keep none; needs --max_steps."}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; by default one for each core."}
-    )
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """How to train: transformers' own arguments, with the defaults that fine-tuning wants."""
-
-    output_dir: str = field(kw_only=True, metadata={"help": "Where the fine-tuned model and its checkpoints go."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where hub files and tokenised rows are kept."})
-    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a row at most; longer rows are cut."})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; by default where the GPU has bf16."})
-    fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default where the GPU lacks bf16."})
-    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: rows are tokens alone."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a mean for a loss that is no number."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
-    save_optimizer_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints that keep their optimizer state; older ones become weights alone."}
-    )
-    offload: str = field(
-        default="none",
-        metadata={"help": "ZeRO: keep optimizer states, or all, in host memory.", "choices": zero.OFFLOADS},
-    )
-    offload_dir: str | None = field(
-        default=None, metadata={"help": "ZeRO-3: a folder on an NVMe disk for what is offloaded."}
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None and self.fp16 is None:
-            self.bf16, self.fp16 = precision.choose(on_gpu=torch.cuda.is_available() and not self.use_cpu)
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
-        if self.deepspeed:
-            pin_memory = torch.cuda.is_available() and not self.use_cpu
-            self.deepspeed = zero.read_configuration(self.deepspeed, self.offload, self.offload_dir, pin_memory)
-        self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        super().__post_init__()
-        if self.n_gpu > 1:
-            # Without a launcher the Trainer would split each batch over all visible GPUs by DataParallel.
-            self._n_gpu = 1
-            if self.should_log:
-                print("one process uses one GPU; for every GPU of this host type: sh ds_all.sh")
-
-
 # Flags of Alpaca-style commands that transformers has since renamed.
 RENAMED_FLAGS = {
     "--evaluation_strategy": "--eval_strategy",
@@ -132,8 +54,8 @@ class Parser(OneLineErrors, HfArgumentParser):
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments]:
     """Read the command line; raise UserError on a flag or value that does not fit."""
-    arguments = (ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments)
-    parser = Parser(arguments, allow_abbrev=False)
+    dataclasses = (ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments)
+    parser = Parser(dataclasses, allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, OSError) as error:
@@ -144,38 +66,6 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, LoraArguments, Pla
         close = [RENAMED_FLAGS[flag]] if flag in RENAMED_FLAGS else difflib.get_close_matches(flag, known, 1, 0.75)
         raise UserError(f"unknown flag {flag}; {f'type {close[0]}' if close else '--help lists every flag'}")
     return tuple(parsed)
-
-
-def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Raise UserError on arguments that could only fail later."""
-    output_dir, model = Path(training_args.output_dir), Path(model_args.model_name_or_path)
-    disk.check_writable(training_args.output_dir)
-    if output_dir.exists() and model.exists() and output_dir.samefile(model):
-        raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
-    if not 0 <= data_args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
-    if data_args.streaming and (training_args.max_steps <= 0 or data_args.eval_fraction or data_args.dedup):
-        raise UserError("--streaming True needs --max_steps, and has no --eval_fraction and no --dedup: give what fits")
-    if data_args.streaming and (training_args.dataloader_num_workers or data_args.check_data):
-        raise UserError(
-            "--streaming True reads in the training process; leave out --dataloader_num_workers, --check_data"
-        )
-    if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):
-        installed = ", ".join(get_available_reporting_integrations()) or "none"
-        raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
-    if training_args.train_sampling_strategy not in ("random", "sequential"):
-        strategy = training_args.train_sampling_strategy
-        raise UserError(f"--train_sampling_strategy {strategy} saves padding, which rows here have not; type random")
-    if training_args.save_on_each_node:
-        raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
-    if (training_args.offload != "none" or training_args.offload_dir) and not training_args.deepspeed:
-        raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
-    if training_args.offload != "none":
-        zero.check_machine(training_args)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != training_args.world_size:
-        # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
-        raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -321,6 +211,7 @@ def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
         "examples": f"{report.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
         "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
         "steps": report.steps_line(args, trainer.train_dataset),
+        **report.rate_line(args, trainer.train_dataset),
         "device": report.device_line(args, trainer.is_lora),
         "memory": memory,
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
@@ -348,7 +239,7 @@ def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | Str
 def main() -> None:
     """Fine-tune as the command line says."""
     model_args, data_args, lora_args, plan_args, training_args = parse_arguments()
-    check_arguments(model_args, data_args, training_args)
+    arguments.check(model_args, data_args, plan_args, training_args)
     precision.check_optimizer(training_args)
     lora.check(lora_args, training_args)
     with disk.claimed(training_args):
@@ -356,6 +247,8 @@ def main() -> None:
         config = load_config(location, training_args.cache_dir)
         paths = (model_args.model_name_or_path, data_args.data_path, training_args.output_dir)
         run = plan.Run(training_args, lora_args, plan_args, config, *paths)
+        if data_args.packing and training_args.batch_size_is_open:
+            plan.choose_batch_size(run)
         if plan_args.plan:
             print(plan.show(run))
             return

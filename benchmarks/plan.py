@@ -43,11 +43,11 @@ SAMPLE = "data_proj/sample"
 # ------------------------------------------------------------------------------------------------------- README's table
 
 
-def load_of(config: PretrainedConfig, num_tokens: int, compute_dtype: torch.dtype, is_cuda: bool) -> Load:
+def load_of(config: PretrainedConfig, num_tokens: int, compute_dtype: torch.dtype, is_gpu: bool) -> Load:
     """Return what is trained on, with LoRA of rank 16 where a strategy has it."""
     config = copy.deepcopy(config)
-    config.dtype = torch.float16 if is_cuda else torch.float32  # of the files
-    return Load(config, LoraArguments(lora_r=16), num_tokens, False, compute_dtype, is_cuda)
+    config.dtype = torch.float16 if is_gpu else torch.float32  # of the files
+    return Load(config, LoraArguments(lora_r=16), num_tokens, False, compute_dtype, is_gpu)
 
 
 def short_name(strategy: Strategy | None, needs: Footprint | None) -> str:
@@ -66,7 +66,7 @@ def short_name(strategy: Strategy | None, needs: Footprint | None) -> str:
 
 def cells_of(config: PretrainedConfig, here: Machine) -> list[str]:
     """Return for each method the first strategy that fits a machine."""
-    load = load_of(config, NUM_TOKENS, torch.bfloat16, is_cuda=True)
+    load = load_of(config, NUM_TOKENS, torch.bfloat16, is_gpu=True)
     found, cells = options(load, here), []
     for method in ("full", "LoRA", "QLoRA"):
         strategies = (option.best_on(here) for option in found if option.strategy.method == method)
@@ -80,7 +80,7 @@ def print_table(output: Path) -> None:
     rows = []
     for model, config in MODELS.items():
         for card, (number, size, ram) in CARDS.items():
-            here = Machine(number, size * GIB, ram * GIB, is_cuda=True, name=card)
+            here = Machine(number, size * GIB, ram * GIB, is_gpu=True, name=card)
             rows.append([model, card, f"{ram:,} GB", *cells_of(config, here)])
             print(*rows[-1], sep="  ", flush=True)
     table = measure.markdown(["model", "cards", "host", "all weights", "LoRA", "QLoRA"], rows)
@@ -181,9 +181,7 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
             subprocess.run([sys.executable, "-m", "sft.random_model", *arguments], check=True)
             for way in ways:
                 point = WAYS[way]
-                load = load_of(
-                    SHAPES[shape], num_tokens, torch.bfloat16 if point.bf16 else torch.float32, is_cuda=False
-                )
+                load = load_of(SHAPES[shape], num_tokens, torch.bfloat16 if point.bf16 else torch.float32, is_gpu=False)
                 planned = footprint(point.strategy, load, point.ranks).device
                 found = measure_point(folder, data, num_tokens, point, Path(scratch))
                 points.append({"shape": shape, "way": way, "planned": planned, "measured": found})

@@ -19,10 +19,12 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
 BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
-
-KERNEL_OPTIONS: dict = {}
 # Falcon-7b's backward would otherwise have one thread block for each block of keys, and loop over 71 heads in it.
 EXPANDS_KEYS = True
+# Sizes and warps are FlexAttention's own. ROWS_GUARANTEED_SAFE would be wrong: a query whose example begins within the
+# first block of keys that it meets sees none of those before, and an unguarded maximum over nothing gives NaN.
+KERNEL_OPTIONS: dict = {}
+OLDEST_WITH_BLOCKS = (8, 0)  # compute capability of FlexAttention's GPUs
 HEAD_ALIGNMENT = 8  # elements; GPUs' kernels without a (T, T) take no head sizes between
 
 Rotations = tuple[torch.Tensor, torch.Tensor]  # RoPE's cosines and sines, each (1, T, D)
@@ -112,7 +114,7 @@ def attend(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = Non
 @cache
 def has_flex_attention(device: torch.device) -> bool:
     """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, so no Turing."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_WITH_BLOCKS
 
 
 def split(packed: torch.Tensor, rotations: Rotations | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

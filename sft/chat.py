@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sft import machine, precision
 from sft.models import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, one_line, run_program
 from sft.prompts import split_system
@@ -110,11 +111,13 @@ class ChatModel:
 
 
 def choose_device(device: str) -> str:
-    """Return the device of "auto", or the one given; raise UserError if it is not there."""
+    """Return the device of "auto", or the one given; raise UserError if it is not there or has no kernels."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or see nvidia-smi")
+        device = (machine.accelerator() or torch.device("cpu")).type
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or see nvidia-smi")
+        machine.check_kernels("--device cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -124,10 +127,12 @@ def choose_device(device: str) -> str:
 
 def choose_dtype(device: str) -> torch.dtype:
     """Return the type of weights that a device computes fastest without an overflow."""
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # On a processor without instructions for bf16 every product would be converted.
-    return torch.bfloat16 if device == "cpu" and has_bf16_instructions() else torch.float32
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        # On a processor without instructions for bf16 every product would be converted.
+        return torch.bfloat16 if has_bf16_instructions() else torch.float32
+    bf16, fp16 = precision.choose(kind)
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
 def has_bf16_instructions() -> bool:
@@ -207,7 +212,7 @@ def _ask() -> str:
 
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Add the flags that say where and how a checkpoint is loaded."""
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument(
         "--quantize", default="none", choices=QUANTIZATIONS, help="int8: 8-bit weights, for a fast answer from a CPU"
     )

@@ -55,7 +55,8 @@ class Load:
     num_tokens: int
     accumulates: bool
     compute_dtype: torch.dtype
-    is_cuda: bool
+    is_gpu: bool
+    attends_by_blocks: bool = True  # on a GPU: with FlexAttention, not example by example
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Probe:
         self.key = (
             load.config.to_json_string(),
             repr(load.lora_args) if strategy.method != "full" else "",
-            load.is_cuda,
+            load.is_gpu,
+            load.attends_by_blocks,
             strategy.method,
             self.numbers,
         )
@@ -218,7 +220,7 @@ class Probe:
     def _attention(self) -> Iterator[None]:
         """Attend as on the GPU: FlexAttention keeps query, key, value and output, and has no wider heads."""
         own = attention.attend
-        if self.load.is_cuda:
+        if self.load.is_gpu and self.load.attends_by_blocks:
             attention.attend = _attend_as_flex
         try:
             yield
@@ -313,7 +315,7 @@ def _loss_bytes(strategy: Strategy, load: Load, numbers: Numbers, stream_itemsiz
     """Return what `sft.loss` holds at its peak and what it leaves to the backward, every token being labelled."""
     vocab_size, hidden, compute = load.config.vocab_size, load.config.hidden_size, load.compute_dtype.itemsize
     matrix, states = vocab_size * hidden, load.num_tokens * hidden
-    most = max(1, chunk_bytes("cuda" if load.is_cuda else "cpu") // (4 * vocab_size))
+    most = max(1, chunk_bytes("cuda" if load.is_gpu else "cpu") // (4 * vocab_size))
     is_rounded = compute < 4
     logits = min(most, load.num_tokens) * vocab_size * (4 + (compute if is_rounded else 0))
     inputs = states * (2 * stream_itemsize + (compute if is_rounded else 0))

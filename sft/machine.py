@@ -1,5 +1,6 @@
-"""The machine there is, and its memory: of each GPU, or of this host, or of cards that one names."""
+"""The machine there is, its accelerator, and the memory of each device and of the host; or cards that one names."""
 
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -13,24 +14,64 @@ GIB = 2**30
 # CUDA's context and kernels, and what the allocator cannot use between its blocks.
 CUDA_BYTES, CUDA_SHARE = GIB, 0.05
 HEAP_SHARE = 0.15  # of a host's memory, for what glibc keeps of tensors that are gone
+# Of a card's memory: blocks that no tensor fits into, and workspaces of cuBLAS. Plans that need it are unproven.
+UNPROVEN_SHARE = 0.06
+OLDEST_CAPABILITY = "7.5 (Turing)"  # of the GPUs that PyTorch's own builds have kernels for
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One host: how many devices it has, the bytes of each and of the host, and what the devices are."""
+    """One host: how many devices it has, the bytes of each and of the host, and what the devices are.
+
+    `is_gpu` tells that devices have a memory of their own; `capability` is CUDA's compute capability.
+    """
 
     num_devices: int
     device_bytes: int
     host_bytes: int
-    is_cuda: bool
+    is_gpu: bool
     name: str
+    capability: tuple[int, int] = (8, 0)
 
     @property
     def usable_bytes(self) -> int:
         """Return what tensors can have of a device; on a CPU the ranks share the host's memory."""
-        if self.is_cuda:
+        if self.is_gpu:
             return int(self.device_bytes * (1 - CUDA_SHARE)) - CUDA_BYTES
         return int(self.host_bytes * (1 - HEAP_SHARE)) // self.num_devices
+
+    @property
+    def proven_bytes(self) -> int:
+        """Return what a plan may ask of a device for the run to be sure to fit."""
+        return self.usable_bytes - (int(self.device_bytes * UNPROVEN_SHARE) if self.is_gpu else 0)
+
+
+def accelerator(use_cpu: bool = False) -> torch.device | None:
+    """Return the kind of device that runs compute on beside the CPU, None without any: a GPU, or what PyTorch names."""
+    if use_cpu:
+        return None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def has_own_memory(device: torch.device | None) -> bool:
+    """Tell whether a device has a memory of its own; Apple's GPUs share the host's."""
+    return device is not None and device.type not in ("cpu", "mps")
+
+
+def check_kernels(on_the_cpu: str) -> None:
+    """Raise UserError if the installed PyTorch has no kernels for this process's GPU; `on_the_cpu` is what to type."""
+    built_for = [int(name.split("_")[1].rstrip("af")) for name in torch.cuda.get_arch_list()]
+    index = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
+    major, minor = torch.cuda.get_device_capability(index)
+    if built_for and 10 * major + minor < min(built_for):
+        oldest = "{}.{}".format(*divmod(min(built_for), 10))
+        raise UserError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and PyTorch "
+            f"{torch.__version__} has kernels from {oldest} on; choose a newer GPU by CUDA_VISIBLE_DEVICES, install a "
+            f"PyTorch that was built for it, or type {on_the_cpu}"
+        )
 
 
 def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_cpu: bool) -> Machine:
@@ -42,11 +83,19 @@ def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_
         if not number:
             raise UserError(f"--plan_gpu {plan_gpu} is no card; leave it out to plan for this machine")
         device_bytes = _size(size, f"--plan_gpu {plan_gpu}", "2x24GB")
-        return Machine(number, device_bytes, host_bytes, is_cuda=True, name=f"{number} x {size}")
-    if use_cpu or not torch.cuda.is_available():
-        return Machine(num_ranks or 1, host_bytes, host_bytes, is_cuda=False, name="the CPU")
-    properties, number = torch.cuda.get_device_properties(0), num_ranks or torch.cuda.device_count()
-    return Machine(number, properties.total_memory, host_bytes, is_cuda=True, name=f"{number} x {properties.name}")
+        return Machine(number, device_bytes, host_bytes, is_gpu=True, name=f"{number} x {size}")
+    device = accelerator(use_cpu)
+    if not has_own_memory(device):
+        name = "the CPU" if device is None else f"{device.type} with the host's memory"
+        return Machine(num_ranks or 1, host_bytes, host_bytes, is_gpu=False, name=name)
+    properties, number = torch.get_device_module(device).get_device_properties(0), num_ranks or _device_count(device)
+    capability = torch.cuda.get_device_capability(0) if device.type == "cuda" else (0, 0)
+    name = f"{number} x {properties.name}"
+    return Machine(number, properties.total_memory, host_bytes, is_gpu=True, name=name, capability=capability)
+
+
+def _device_count(device: torch.device) -> int:
+    return torch.get_device_module(device).device_count()
 
 
 def _size(text: str, given: str, example: str) -> int:

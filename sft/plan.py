@@ -9,15 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PretrainedConfig, TrainingArguments
 
 from sft import disk, machine, precision, zero
+from sft.attention import OLDEST_WITH_BLOCKS
 from sft.footprint import Footprint, Load, Strategy, footprint, sizes_of
 from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
 from sft.program import UserError, one_line
 
 EIGHT_BIT = "adamw_bnb_8bit"
+STEP_TOKENS = 16_384  # of a GPU's batch; in shorter ones launches and the optimizer take most of the time
+UNKNOWN_FORM = (RuntimeError, TypeError, ValueError, AttributeError)  # of a model that cannot be probed
 LORA_RATE = "2e-4"  # a usual learning rate of LoRA, ten times that of all weights
 
 
@@ -42,34 +46,45 @@ class Option:
     checkpointed: Footprint
     disk: int
 
-    def best_on(self, machine: Machine) -> Strategy | None:
-        """Return the strategy as it fits, without activation checkpointing if it can be; None if it does not."""
+    def best_on(self, machine: Machine, is_proven: bool = False) -> Strategy | None:
+        """Return the strategy as it fits, without activation checkpointing if it can be; None if it does not.
+
+        `is_proven` asks for room to spare.
+        """
         for needs, checkpointing in ((self.plain, False), (self.checkpointed, True)):
-            if fits(needs, machine, self.strategy.zero_stage):
+            if fits(needs, machine, self.strategy.zero_stage, is_proven):
                 return replace(self.strategy, checkpointing=checkpointing)
         return None
 
+    def verdict_on(self, machine: Machine) -> str:
+        """Return whether the strategy fits, in a word or two."""
+        proven, any_way = self.best_on(machine, is_proven=True), self.best_on(machine)
+        if any_way is None:
+            return "no"
+        return "unproven" if proven is None else "checkpointed" if proven.checkpointing else "yes"
 
-def fits(needs: Footprint, machine: Machine, zero_stage: int) -> bool:
-    """Tell whether a machine has what is needed; on a CPU the ranks are in the host's memory themselves."""
-    if machine.is_cuda:
-        return needs.device <= machine.usable_bytes and needs.host <= machine.host_bytes
+
+def fits(needs: Footprint, machine: Machine, zero_stage: int, is_proven: bool = False) -> bool:
+    """Tell whether a machine has what is needed, or is sure to have it; on a CPU the ranks share the host's memory."""
+    if machine.is_gpu:
+        bytes_there = machine.proven_bytes if is_proven else machine.usable_bytes
+        return needs.device <= bytes_there and needs.host <= machine.host_bytes
     ranks = machine.num_devices if zero_stage else 1
     return needs.device * ranks <= machine.usable_bytes * machine.num_devices and needs.host <= machine.host_bytes
 
 
-def strategies(num_devices: int, is_cuda: bool) -> Iterator[Strategy]:
+def strategies(num_devices: int, is_gpu: bool) -> Iterator[Strategy]:
     """Yield the ways to train, the best first: all weights before LoRA, and the fast before what is offloaded."""
     spread = [Strategy("full", stage) for stage in (2, 3)]
-    single = [Strategy("full")] + ([Strategy("full", optim=EIGHT_BIT)] if is_cuda else [])
+    single = [Strategy("full")] + ([Strategy("full", optim=EIGHT_BIT)] if is_gpu else [])
     yield from [*spread, *single] if num_devices > 1 else single
-    if is_cuda:
+    if is_gpu:
         for stage, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all")):
             yield Strategy("full", stage, offload)
     spread = [Strategy("LoRA", stage) for stage in (2, 3)]
     yield from [*spread, Strategy("LoRA")] if num_devices > 1 else [Strategy("LoRA")]
     yield Strategy("QLoRA")
-    if is_cuda:
+    if is_gpu:
         yield Strategy("LoRA", 3, "all")
 
 
@@ -84,7 +99,7 @@ def option_of(strategy: Strategy, load: Load, machine: Machine) -> Option:
 
 def options(load: Load, machine: Machine) -> list[Option]:
     """Return every strategy with what it takes on a machine."""
-    return [option_of(strategy, load, machine) for strategy in strategies(machine.num_devices, machine.is_cuda)]
+    return [option_of(strategy, load, machine) for strategy in strategies(machine.num_devices, machine.is_gpu)]
 
 
 def _disk_bytes(strategy: Strategy, load: Load) -> int:
@@ -107,15 +122,14 @@ def name_of(strategy: Strategy) -> str:
 
 def table(found: Sequence[Option], machine: Machine) -> str:
     """Return the strategies as lines of text, in GiB, with which of them fit."""
-    device = "each GPU" if machine.is_cuda else "each process"
+    device = "each GPU" if machine.is_gpu else "each process"
     head = ("", device, "checkpointed", "host", "disk", "fits")
     lines = [f"{head[0]:42}{head[1]:>13}{head[2]:>14}{head[3]:>8}{head[4]:>8}  {head[5]}"]
     for option in found:
-        best = option.best_on(machine)
-        verdict = "no" if best is None else "checkpointed" if best.checkpointing else "yes"
         sizes = [option.plain.device, option.checkpointed.device, option.plain.host, option.disk]
         plain, checkpointed, host, on_disk = (f"{size / GIB:,.1f}" for size in sizes)
-        lines.append(f"{name_of(option.strategy):42}{plain:>13}{checkpointed:>14}{host:>8}{on_disk:>8}  {verdict}")
+        name, verdict = name_of(option.strategy), option.verdict_on(machine)
+        lines.append(f"{name:42}{plain:>13}{checkpointed:>14}{host:>8}{on_disk:>8}  {verdict}")
     return "\n".join(lines)
 
 
@@ -143,8 +157,9 @@ def command(strategy: Strategy, run: "Run", num_devices: int) -> str:
 
 
 def choose(found: Sequence[Option], machine: Machine, method: str | None = None) -> Strategy | None:
-    """Return the first strategy that fits, of one method or of any."""
-    fitting = (option.best_on(machine) for option in found if method in (None, option.strategy.method))
+    """Return the first strategy that fits, of one method or of any; one that is unproven where no other does."""
+    asked = [option for option in found if method in (None, option.strategy.method)]
+    fitting = (option.best_on(machine, is_proven) for is_proven in (True, False) for option in asked)
     return next((strategy for strategy in fitting if strategy), None)
 
 
@@ -177,14 +192,21 @@ class Run:
         checkpointing = bool(self.args.activation_checkpointing)
         return Strategy(method, zero.stage_of(self.args), self.args.offload, optim, checkpointing)
 
-    def load(self, num_tokens: int, is_cuda: bool) -> Load:
+    def load(self, num_tokens: int, here: Machine) -> Load:
         """Return what is trained on, in rows of so many tokens; cards that are only named compute in bf16, or fp16."""
         dtype = precision.compute_dtype(self.args)
-        if self.plan_args.plan and is_cuda and dtype == torch.float32:
+        if self.plan_args.plan and here.is_gpu and dtype == torch.float32:
             dtype = torch.bfloat16
         lora_args = self.lora_args if self.lora_args.lora_r else replace(self.lora_args, lora_r=16)
         accumulates = self.args.gradient_accumulation_steps > 1
-        return Load(self.config, lora_args, num_tokens, accumulates, dtype, is_cuda)
+        by_blocks = here.is_gpu and here.capability >= OLDEST_WITH_BLOCKS
+        return Load(self.config, lora_args, num_tokens, accumulates, dtype, here.is_gpu, by_blocks)
+
+    def needs(self, strategy: Strategy, num_tokens: int) -> Footprint:
+        """Return what a strategy takes here, in rows of so many tokens."""
+        here = self.machine
+        num_hosts = self.args.world_size // here.num_devices
+        return footprint(strategy, self.load(num_tokens, here), here.num_devices, num_hosts)
 
 
 def show(run: Run) -> str:
@@ -195,16 +217,21 @@ def show(run: Run) -> str:
     Raises UserError for ds_all.sh if no ZeRO strategy of the method fits.
     """
     here, num_tokens = run.machine, run.args.model_max_length
-    load = run.load(num_tokens, here.is_cuda)
+    load = run.load(num_tokens, here)
     found = options(load, here)
     if run.plan_args.plan_for_shell:
         return _for_shell(run, found, load, here)
-    total = here.device_bytes if here.is_cuda else here.host_bytes
+    total = here.device_bytes if here.is_gpu else here.host_bytes
     lines = [
         f"plan     {run.config.model_type} on {here.name} of {total / GIB:,.0f} GiB, {here.host_bytes / GIB:,.0f} GiB "
         f"of host memory; rows of {num_tokens:,} tokens, all trained; GiB, computed and not measured",
         table(found, here),
     ]
+    if here.is_gpu:
+        lines.append(
+            f"note     unproven: it leaves less than {(here.usable_bytes - here.proven_bytes) / GIB:.1f} GiB to what "
+            f"no plan can know; GPUs must have compute capability {machine.OLDEST_CAPABILITY} or newer, so no V100"
+        )
     for method in ("full", "LoRA", "QLoRA"):
         chosen = choose(found, here, method)
         what = command(chosen, run, here.num_devices) if chosen else "does not fit"
@@ -215,12 +242,12 @@ def show(run: Run) -> str:
 def _for_shell(run: Run, found: Sequence[Option], load: Load, here: Machine) -> str:
     """Return stage, offload and activation checkpointing of the fastest ZeRO strategy that fits."""
     asked = run.strategy
-    for stage, offload in ((2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
-        if (asked.method == "QLoRA" and stage == 3) or (offload != "none" and not here.is_cuda):
-            continue
-        option = option_of(replace(asked, zero_stage=stage, offload=offload), load, here)
-        if strategy := option.best_on(here):
-            return f"{stage} {offload} {strategy.checkpointing}"
+    stages = [(2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+    stages = [(stage, offload) for stage, offload in stages if here.is_gpu or offload == "none"]
+    ways = [replace(asked, zero_stage=stage, offload=offload) for stage, offload in stages]
+    ways = [way for way in ways if asked.method != "QLoRA" or way.zero_stage == 2]
+    if way := choose([option_of(way, load, here) for way in ways], here):
+        return f"{way.zero_stage} {way.offload} {way.checkpointing}"
     raise UserError(f"ZERO_STAGE=auto finds no stage that fits {here.name}; {_instead(run, found, here)}")
 
 
@@ -230,6 +257,33 @@ def _instead(run: Run, found: Sequence[Option], here: Machine) -> str:
     if chosen is None:
         return "nothing that --plan knows fits here; give a smaller model or a shorter --model_max_length"
     return f"this fits: {command(chosen, run, here.num_devices)}"
+
+
+def choose_batch_size(run: Run) -> None:
+    """Set the packed rows of a batch, which no flag does: 1 on a CPU, on a GPU as many as make STEP_TOKENS and fit.
+
+    All ranks take the same number. A run goes on with the same number on the same cards: what a host has free, which
+    changes, is not asked for.
+    """
+    args, here, number = run.args, run.machine, 1
+    if here.is_gpu:
+        number = max(1, STEP_TOKENS // args.model_max_length)
+    while number > 1 and not _fits_a_device(run, number * args.model_max_length):
+        number //= 2
+    number = min(gather_object([number]))
+    args.per_device_train_batch_size = number
+    if args.deepspeed:
+        args.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] = number
+
+
+def _fits_a_device(run: Run, num_tokens: int) -> bool:
+    strategy = run.strategy
+    if precision.optimizer_bytes(strategy.optim) is None:
+        return False
+    try:
+        return run.needs(strategy, num_tokens).device <= run.machine.proven_bytes
+    except UNKNOWN_FORM:
+        return False
 
 
 def prepare(run: Run, num_tokens: int) -> str:
@@ -242,25 +296,25 @@ def prepare(run: Run, num_tokens: int) -> str:
     here, strategy = run.machine, run.strategy
     if precision.optimizer_bytes(strategy.optim) is None:
         return f"not planned: --optim {strategy.optim} has no size that is known here"
-    load = run.load(num_tokens, here.is_cuda)
     try:
-        needs = footprint(strategy, load, here.num_devices, run.args.world_size // here.num_devices)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        needs = run.needs(strategy, num_tokens)
+    except UNKNOWN_FORM as error:
         return f"not planned: {run.config.model_type} has another form than is known here ({one_line(error)})"
     note = ""
-    if not fits(needs, here, strategy.zero_stage) and run.args.checkpointing_is_open:
-        checkpointed = replace(strategy, checkpointing=True)
-        needs = footprint(checkpointed, load, here.num_devices, run.args.world_size // here.num_devices)
+    if not fits(needs, here, strategy.zero_stage, is_proven=True) and run.args.checkpointing_is_open:
+        needs = run.needs(replace(strategy, checkpointing=True), num_tokens)
         run.args.activation_checkpointing = run.args.gradient_checkpointing = True
-        note = "; activation checkpointing is on, without which it does not fit"
+        note = "; activation checkpointing is on, without which it is not sure to fit"
+    if not fits(needs, here, strategy.zero_stage, is_proven=True):
+        note += "; unproven: it leaves little to what no plan can know"
     line = (
         f"about {needs.device / GIB:,.1f} of {here.usable_bytes / GIB:,.1f} GiB on "
-        f"{'each GPU' if here.is_cuda else 'each process'} and {needs.host / GIB:,.1f} of "
+        f"{'each GPU' if here.is_gpu else 'each process'} and {needs.host / GIB:,.1f} of "
         f"{here.host_bytes / GIB:,.1f} on the host"
     )
     if fits(needs, here, strategy.zero_stage) or not run.plan_args.check_fit:
         return f"{line}, by --plan{note}"
-    found = options(run.load(run.args.model_max_length, here.is_cuda), here)
+    found = options(run.load(run.args.model_max_length, here), here)
     raise UserError(
         f"{name_of(strategy)} on rows of {num_tokens:,} tokens needs {line}, by --plan; "
         f"{_instead(run, found, here)}; or try it all the same: --check_fit False"

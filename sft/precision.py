@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from sft.program import UserError
 
@@ -14,10 +15,17 @@ INITIAL_LOSS_SCALE = 2**12
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0}
 
 
-def choose(on_gpu: bool) -> tuple[bool, bool]:
-    """Return whether to compute in bf16, and whether in fp16: what the GPU has; neither on a CPU."""
-    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    return bf16, on_gpu and not bf16
+def choose(device: torch.device | None) -> tuple[bool, bool]:
+    """Return whether to compute in bf16, and whether in fp16: what an accelerator has; neither on a CPU, None.
+
+    A GPU before Ampere has fp16; what other devices do in fp16 is not known here, and they compute in fp32.
+    """
+    if device is None:
+        return False, False
+    if device.type != "cuda":
+        return is_torch_bf16_gpu_available(), False
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return bf16, not bf16
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:

@@ -20,6 +20,7 @@ from sft.packing import PackedDataset, examples_of
 from sft.shards import NUM_NAMED, size_of
 from sft.streaming import StreamedRows
 
+RECIPE_EXAMPLES = 8  # of a step, in the original
 NOTES = "data_report.jsonl"  # in the output folder
 
 
@@ -140,9 +141,24 @@ def steps_line(args: TrainingArguments, rows: Sequence | StreamedRows) -> str:
     )
 
 
+def rate_line(args: TrainingArguments, rows: Sequence | StreamedRows) -> dict[str, str]:
+    """Return what the learning rate means where no flag says how many rows a step has; nothing where one does."""
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not isinstance(rows, PackedDataset) or not args.batch_size_is_open or args.train_batch_size == 1:
+        return {}
+    examples *= len(rows.examples) / len(rows)
+    as_much = args.learning_rate * math.sqrt(examples / RECIPE_EXAMPLES)
+    return {
+        "rate": f"{args.learning_rate:g} moves the weights by as much in every step, however many examples it has; the "
+        f"original's steps had {RECIPE_EXAMPLES}. For {examples:.0f}, its square root rule gives --learning_rate "
+        f"{as_much:.2g}; --per_device_train_batch_size 1 gives small steps, slower"
+    }
+
+
 def device_line(args: TrainingArguments, is_lora: bool) -> str:
     """Return where a run computes, and the dtypes of its weights and of its products."""
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else processor()
+    own = args.device.type != "cpu" and getattr(torch.get_device_module(args.device), "get_device_name", None)
+    name = own(args.device) if own else processor()
     ranks = f"{args.world_size} x " if args.world_size > 1 else ""
     sharing = f", ZeRO-{stage}" if (stage := zero.stage_of(args)) else ", each with the whole model" if ranks else ""
     offload = {"none": "", "optimizer": ", optimizer states offloaded", "all": ", all states offloaded"}[args.offload]

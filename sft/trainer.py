@@ -3,8 +3,6 @@ where going on would be a waste."""
 
 import math
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +11,13 @@ import transformers
 from accelerate.utils import AutocastKwargs, GradScalerKwargs, gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sft import checkpoint, disk, flat_row, lora, precision, zero
-from sft.loss import IGNORE_INDEX
-from sft.program import InterruptedRunError, UserError, WastedRunError
+from sft.callbacks import LeakCheck, Watch
+from sft.program import InterruptedRunError, UserError
 from sft.sampling import EpochOrder, EvenRows
-
-MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^12 to below 1
 
 
 class Trainer(transformers.Trainer):
@@ -40,7 +36,7 @@ class Trainer(transformers.Trainer):
         self.has_saved = False
         self.order: EpochOrder | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
-        self.watch = Watch(self)
+        self.watch = Watch(self, self.args.device)
         self.add_callback(LeakCheck(examples_share_rows))
         self.add_callback(self.watch)
 
@@ -96,9 +92,8 @@ class Trainer(transformers.Trainer):
         """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""
         self.eval_loss_sum, self.eval_num_labels = 0.0, 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.tensor([self.eval_loss_sum, self.eval_num_labels], dtype=torch.float64, device=self.args.device)
-        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
-        loss = loss_sum / num_labels
+        loss_sums, numbers_of_labels = zip(*gather_object([(self.eval_loss_sum, self.eval_num_labels)]), strict=True)
+        loss = sum(loss_sums) / sum(numbers_of_labels)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # 709 would overflow
         return output
@@ -109,7 +104,7 @@ class Trainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss_sum = model(**inputs, num_items_in_batch=1).loss.detach()
         self.eval_loss_sum += loss_sum.item()
-        self.eval_num_labels += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+        self.eval_num_labels += inputs["label_positions"].numel()
         return loss_sum, None, None
 
     # --------------------------------------------------------------------------------------------------------- saving
@@ -248,94 +243,3 @@ class Trainer(transformers.Trainer):
                 "again to go on from it"
             )
         return output
-
-
-class LeakCheck(TrainerCallback):
-    """Before the first step: no example may see another that shares its row."""
-
-    def __init__(self, examples_share_rows: bool):
-        self.examples_share_rows = examples_share_rows
-
-    def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
-        """Raise UserError if the logits of packed examples are not those of each alone."""
-        dtype = precision.compute_dtype(args)
-        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            difference = flat_row.check(model, dtype, self.examples_share_rows)
-        if state.is_world_process_zero:
-            print(f"checked  logits of examples in one row are those of each alone, to {difference:.1g}", flush=True)
-
-
-class Watch(TrainerCallback):
-    """Between steps, on all ranks at once: save and end after SIGTERM, and end where training comes to nothing."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.told_to_end = False
-        self.num_skipped = 0
-        self.num_tokens, self.seconds, self.began = 0, 0.0, 0.0
-
-    @property
-    def tokens_a_second(self) -> float | None:
-        """Return the tokens that all ranks have trained on by the seconds of their steps; None without any."""
-        return self.num_tokens * self.trainer.args.world_size / self.seconds if self.seconds else None
-
-    def on_step_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Begin to count the step's seconds."""
-        self.began = time.perf_counter()
-
-    def on_train_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Take SIGTERM as a wish from now on."""
-        self.handler_before = signal.signal(signal.SIGTERM, self._take_note)
-
-    def _take_note(self, signal_number: int, frame) -> None:
-        self.told_to_end = True
-
-    def on_epoch_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Set the order's epoch, which accelerate does not where several ranks go on within an epoch."""
-        if self.trainer.order is not None:
-            self.trainer.order.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Raise WastedRunError if the step's loss is 0 or not finite, or too many steps in a row were skipped."""
-        trainer = self.trainer
-        sums = torch.stack([trainer.step_loss.double(), trainer.step_loss.new_tensor(self.told_to_end).double()])
-        loss, num_told = trainer.accelerator.reduce(sums, "sum").tolist()
-        self.seconds += time.perf_counter() - self.began  # now that the device has answered
-        trainer.step_loss.zero_()
-        self.told_to_end = num_told > 0
-        if self.told_to_end:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # the time given may not suffice for both
-        skipped = trainer.accelerator.optimizer_step_was_skipped
-        self.num_skipped = self.num_skipped + 1 if skipped else 0
-        if happened := what_is_wasted(loss, self.num_skipped):
-            raise WastedRunError(
-                f"at step {state.global_step:,} {happened}; {checkpoint.what_to_go_back_to(args.output_dir)}"
-            )
-
-    def on_epoch_end(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Leave out what an epoch ends with where the run was told to end within it, and has saved."""
-        if self.told_to_end:
-            control.should_evaluate = control.should_save = False
-
-    def on_train_end(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Let SIGTERM end the process again."""
-        signal.signal(signal.SIGTERM, self.handler_before)
-
-
-def what_is_wasted(loss: float, num_skipped: int) -> str | None:
-    """Return what makes going on a waste, and what to change, from a step's loss and the skipped steps in a row."""
-    lower = "a lower --learning_rate, a longer --warmup_steps"
-    if not math.isfinite(loss):
-        return f"the loss is {loss}; type {lower}, or compute in bf16 (--bf16 True) or fp32 (--fp16 False)"
-    if loss == 0:
-        return (
-            "the loss is exactly 0, as where numbers overflow in 16 bits; type --fp16 False --bf16 False to compute in "
-            f"fp32, or {lower}"
-        )
-    if num_skipped >= MAX_SKIPPED_STEPS:
-        return (
-            f"{num_skipped} steps in a row were skipped, because gradients overflow fp16 at every loss scale; compute "
-            f"in bf16 (--bf16 True) on a card that has it, or in fp32 (--fp16 False), or type {lower}"
-        )
-    return None

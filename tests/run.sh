@@ -17,6 +17,10 @@ beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/bitsandbytes
 [ -d "$beside" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$beside" \
     "$("$PYTHON" -c 'from sft.precision import BITSANDBYTES; print(BITSANDBYTES)')" ||
     echo "bitsandbytes cannot be installed: its tests are skipped" >&2
+# Triton too, to interpret the kernels of a GPU without one: PyTorch's CPU build should not find it elsewhere.
+triton_beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/triton
+[ -d "$triton_beside" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$triton_beside" "triton==3.7.1" ||
+    echo "Triton cannot be installed: the tests of kernels are skipped" >&2
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # Two workers of one thread each: the models are too small to share out over threads.

@@ -12,6 +12,7 @@ from conftest import SAMPLE
 from transformers import PreTrainedTokenizerBase
 
 from sft.dataset import flatten, labels_of, lengths_of, load_examples
+from sft.loss import label_positions
 from sft.models import load_tokenizer
 from sft.prompts import build_chat_prompt, build_prompt
 from sft.rows import Row, read_rows

@@ -15,12 +15,13 @@ import torch
 from conftest import PROJECT
 from transformers import AutoModelForCausalLM, Trainer
 
-from sft import machine
+from sft import arguments, machine
+from sft.chat import choose_device
 from sft.footprint import Load, Strategy, footprint, sizes_of
 from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
 from sft.models import count_parameters
-from sft.plan import PlanArguments, Run, choose, options, prepare, table
+from sft.plan import PlanArguments, Run, choose, choose_batch_size, options, prepare, table
 from sft.program import UserError
 from sft.random_model import SHAPES
 
@@ -43,7 +44,7 @@ def load_of(shape: str, num_tokens: int = 2048) -> Load:
 
 
 def cards(number: int, size: int, ram: int) -> Machine:
-    return Machine(number, size * GIB, ram * GIB, is_cuda=True, name=f"{number} x {size}GB")
+    return Machine(number, size * GIB, ram * GIB, is_gpu=True, name=f"{number} x {size}GB")
 
 
 # -------------------------------------------------------------------------------------------------------- the machine
@@ -51,7 +52,7 @@ def cards(number: int, size: int, ram: int) -> Machine:
 
 def test_named_cards_are_the_machine():
     found = machine.find("2x24GB", "128GB", None, use_cpu=False)
-    assert (found.num_devices, found.device_bytes, found.host_bytes, found.is_cuda) == (2, 24 * GIB, 128 * GIB, True)
+    assert (found.num_devices, found.device_bytes, found.host_bytes, found.is_gpu) == (2, 24 * GIB, 128 * GIB, True)
     assert machine.find("24GB", "1.5TB", None, use_cpu=False).host_bytes == 1536 * GIB
     assert found.usable_bytes < 0.92 * found.device_bytes
 
@@ -63,14 +64,14 @@ def test_no_card_is_refused(given):
 
 
 def test_a_hosts_gpus_are_the_machine_unless_the_cpu_is_asked_for(monkeypatch):
-    card = SimpleNamespace(total_memory=16 * GIB, name="Tesla V100")
+    card = SimpleNamespace(total_memory=16 * GIB, name="Tesla T4", major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    expected = Machine(4, 16 * GIB, 64 * GIB, is_cuda=True, name="4 x Tesla V100")
+    expected = Machine(4, 16 * GIB, 64 * GIB, is_gpu=True, name="4 x Tesla T4", capability=(7, 5))
     assert machine.find(None, "64GB", None, use_cpu=False) == expected
     assert machine.find(None, "64GB", 2, use_cpu=False).num_devices == 2
-    assert not machine.find(None, "64GB", None, use_cpu=True).is_cuda
+    assert not machine.find(None, "64GB", None, use_cpu=True).is_gpu
 
 
 def test_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
@@ -90,6 +91,49 @@ def test_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
     assert machine.available_bytes() == 5 * GIB  # 8 less the 5 in use, of which 2 are files that can go
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     assert machine.available_bytes() == 32 * GIB
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "is_fine"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"], False),
+        ((6, 1), ["sm_75", "sm_80"], False),
+        ((7, 0), ["sm_70", "sm_80"], True),
+        ((7, 5), ["sm_75", "sm_80", "sm_120"], True),
+        ((12, 1), ["sm_75", "sm_80", "sm_120"], True),
+    ],
+)
+def test_a_gpu_without_kernels_is_refused_in_one_line(capability, built_for, is_fine, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if is_fine:
+        machine.check_kernels("--use_cpu True")
+        return
+    oldest = "from 7.5 on; .*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(UserError, match=f"V100.* has compute capability {capability[0]}.{capability[1]}, .*{oldest}"):
+        choose_device("auto")
+    own = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(UserError, match="type --use_cpu True"):
+        arguments.check(None, None, PlanArguments(), own)
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps", "npu"])
+def test_other_accelerators_are_found_by_what_they_can_do(kind, monkeypatch):
+    card = SimpleNamespace(total_memory=48 * GIB, name="Card")
+    module = SimpleNamespace(get_device_properties=lambda index: card, device_count=lambda: 2)
+    device = torch.device("privateuseone" if kind == "npu" else kind)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert machine.accelerator() == device and machine.accelerator(use_cpu=True) is None
+    found = machine.find(None, "64GB", None, use_cpu=False)
+    if kind == "mps":
+        assert (found.is_gpu, found.device_bytes, found.num_devices) == (False, 64 * GIB, 1)
+    else:
+        assert (found.is_gpu, found.device_bytes, found.num_devices, found.name) == (True, 48 * GIB, 2, "2 x Card")
 
 
 # ------------------------------------------------------------------------------------------------------- what it takes
@@ -137,7 +181,9 @@ def test_zero_divides_and_offload_moves_to_the_host(stage):
     ("shape", "here", "method", "expected"),
     [
         ("bloom-560m", cards(1, 24, 64), "full", Strategy("full")),
-        ("bloom-7b1", cards(1, 80, 256), "full", Strategy("full", optim="adamw_bnb_8bit", checkpointing=True)),
+        ("bloom-7b1", cards(1, 80, 256), "full", Strategy("full", 2, "optimizer")),
+        # Without a host to offload to, what may just fit is better than nothing.
+        ("bloom-7b1", cards(1, 80, 64), "full", Strategy("full", optim="adamw_bnb_8bit", checkpointing=True)),
         ("bloom-7b1", cards(1, 24, 64), "full", None),
         ("bloom-7b1", cards(1, 24, 64), "LoRA", Strategy("LoRA", checkpointing=True)),
         ("bloom-7b1", cards(8, 80, 1024), "full", Strategy("full", 2)),
@@ -150,7 +196,7 @@ def test_the_best_that_fits_is_chosen(shape, here, method, expected):
     assert choose(found, here, method) == expected
     lines = table(found, here).splitlines()
     assert len(lines) == len(found) + 1
-    assert {line.split()[-1] for line in lines[1:]} <= {"yes", "no", "checkpointed"}
+    assert {line.split()[-1] for line in lines[1:]} <= {"yes", "no", "checkpointed", "unproven"}
 
 
 def test_the_table_names_commands_that_are_there(plan):
@@ -189,18 +235,37 @@ def test_activation_checkpointing_is_on_where_the_run_fits_only_with_it(make_mod
     from train_sft import TrainingArguments
 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
-    # Cards that leave 22 MiB, between the 18 that tiny BLOOM takes with activation checkpointing and the 29 without.
-    plan_args = PlanArguments(plan_gpu="1x1102MB", plan_ram="64GB")
+    # Cards that leave 23 MiB for sure, between the 18 that tiny BLOOM takes with activation checkpointing and the 29
+    # without; 94 MiB in all.
+    plan_args = PlanArguments(plan_gpu="1x1177MB", plan_ram="64GB")
     run = Run(args, LoraArguments(), plan_args, SHAPES["bloom-tiny"], "m", "d", "o")
     assert prepare(run, 512).endswith("by --plan")
-    assert prepare(run, 2048).endswith("; activation checkpointing is on, without which it does not fit")
+    assert prepare(run, 2048).endswith("; activation checkpointing is on, without which it is not sure to fit")
     model = AutoModelForCausalLM.from_pretrained(make_model("bloom-tiny"))
     Trainer(model, args, train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8).train()
     assert model.is_activation_checkpointing
 
     open_no_more = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing=False)
+    assert prepare(replace(run, args=open_no_more), 2048).endswith(
+        "; unproven: it leaves little to what no plan can know"
+    )
+    smaller = PlanArguments(plan_gpu="1x1102MB", plan_ram="64GB")  # of 22 MiB in all
     with pytest.raises(UserError, match="--activation_checkpointing True"):
-        prepare(replace(run, args=open_no_more), 2048)
+        prepare(replace(run, args=open_no_more, plan_args=smaller), 2048)
+
+
+@pytest.mark.parametrize(
+    ("card", "shape", "expected"),
+    [("1x80GB", "bloom-560m", 8), ("1x24GB", "bloom-560m", 4), ("1x16GB", "bloom-560m", 1), ("1x24GB", "bloom-7b1", 1)],
+)
+def test_a_gpus_batch_has_as_many_packed_rows_as_make_16384_tokens_and_fit(card, shape, expected, tmp_path):
+    args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.batch_size_is_open
+    run = Run(args, LoraArguments(), PlanArguments(plan=True, plan_gpu=card, plan_ram="256GB"), SHAPES[shape], *"mdo")
+    choose_batch_size(run)
+    assert args.per_device_train_batch_size == expected
+    choose_batch_size(replace(run, plan_args=PlanArguments()))
+    assert args.per_device_train_batch_size == 1, "on a CPU"
 
 
 def test_the_header_says_what_the_run_takes(plan):

@@ -17,11 +17,12 @@ def test_precision_follows_the_card(has_bf16, monkeypatch):
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: None)
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # A V100 emulates bf16, slowly; asked without emulation it has none.
+    # A T4 emulates bf16, slowly; asked without emulation it has none.
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
     )
-    assert choose(on_gpu=True) == (has_bf16, not has_bf16)
+    assert choose(torch.device("cuda")) == (has_bf16, not has_bf16)
+    assert choose(None) == (False, False)
     for fields, expected in (
         ({}, (has_bf16, not has_bf16)),
         ({"bf16": False}, (False, False)),

@@ -12,10 +12,10 @@ import torch
 from conftest import SAMPLE
 from transformers import AutoModelForCausalLM
 
-from sft import checkpoint
+from sft import callbacks, checkpoint
+from sft.callbacks import MAX_SKIPPED_STEPS, Watch, what_is_wasted
 from sft.disk import checkpoint_bytes, size_of
 from sft.program import WastedRunError
-from sft.trainer import MAX_SKIPPED_STEPS, Watch, what_is_wasted
 
 
 @pytest.fixture
@@ -43,16 +43,20 @@ def test_what_is_a_waste(loss, num_skipped, said):
     assert (happened is None) if said is None else said in happened and "--fp16 False" in happened
 
 
-def watch(losses: list[float], skipped: list[bool], output: Path) -> int:
+def watch(losses: list[float], skipped: list[bool], output: Path, lag: int = 0, saved: tuple[int, ...] = ()) -> int:
     """Show a Watch some steps; return how many it let pass before it ended the run."""
     trainer = SimpleNamespace(step_loss=torch.zeros(()), accelerator=SimpleNamespace(reduce=lambda sums, how: sums))
-    watching, control = Watch(trainer), SimpleNamespace(should_save=False, should_training_stop=False)
+    trainer.args = SimpleNamespace(output_dir=str(output), world_size=1)
+    watching = Watch(trainer, torch.device("cpu"))
+    watching.lag = lag
     for step, (loss, was_skipped) in enumerate(zip(losses, skipped, strict=True)):
         trainer.step_loss += loss
         trainer.accelerator.optimizer_step_was_skipped = was_skipped
+        control = SimpleNamespace(should_save=step in saved, should_evaluate=False, should_training_stop=False)
         try:
-            watching.on_step_end(SimpleNamespace(output_dir=str(output)), SimpleNamespace(global_step=step), control)
-        except WastedRunError:
+            watching.on_step_end(trainer.args, SimpleNamespace(global_step=step), control)
+        except WastedRunError as end:
+            assert f"at step {step - lag if step not in saved else step} " in str(end)
             return step
     return len(losses)
 
@@ -61,6 +65,53 @@ def test_the_loss_watched_is_that_of_one_step(tmp_path):
     assert watch([1.0, -1.0, 2.0], 3 * [False], tmp_path) == 3, "the losses of two steps were added up"
     assert watch([1.0, 0.0, 2.0], 3 * [False], tmp_path) == 1
     assert watch([1.0, math.nan], 2 * [False], tmp_path) == 1
+
+
+def test_a_device_that_runs_ahead_is_judged_a_step_later_but_before_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "Event", lambda device: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    assert watch([1.0, math.nan, 2.0, 3.0], 4 * [False], tmp_path, lag=1) == 2
+    assert watch([1.0, math.nan, 2.0, 3.0], 4 * [False], tmp_path, lag=1, saved=(1,)) == 1
+    assert watch([1.0, 2.0, math.nan], 3 * [False], tmp_path, lag=1) == 3, "left to the end of the epoch"
+    assert callbacks.runs_ahead(torch.device("cpu")) is False
+
+
+def test_a_wish_to_end_is_met_at_once_when_it_is_read_and_the_steps_on_the_way_are_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "Event", lambda device: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    trainer = SimpleNamespace(step_loss=torch.zeros(()), accelerator=SimpleNamespace(reduce=lambda sums, how: sums))
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path), world_size=1)
+    trainer.accelerator.optimizer_step_was_skipped = False
+    watching = Watch(trainer, torch.device("cpu"))
+    watching.lag, watching.has_sigterm = 1, True
+    saves = []
+    for step in range(2):
+        trainer.step_loss += 1.0
+        control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
+        watching.on_step_end(trainer.args, SimpleNamespace(global_step=step), control)
+        saves.append((control.should_save, control.should_training_stop, len(watching.outcomes)))
+    assert saves == [(False, False, 1), (True, True, 0)]
+
+
+def test_tokens_a_second_are_by_the_time_from_step_to_step_without_evaluations_and_saves(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(step_loss=torch.ones(()), accelerator=SimpleNamespace(reduce=lambda sums, how: sums))
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path), world_size=1)
+    trainer.accelerator.optimizer_step_was_skipped = False
+    watching, state = Watch(trainer, torch.device("cpu")), SimpleNamespace(global_step=1)
+    watching.handler_before = None
+    watching.on_train_begin(trainer.args, state, None)
+    control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
+    for seconds_of_loading, seconds_of_step, seconds_of_save in ((2, 3, 100), (4, 1, 1000)):
+        now[0] += seconds_of_loading + seconds_of_step
+        trainer.step_loss += 1.0
+        watching.num_tokens += 50
+        watching.on_step_end(trainer.args, state, control)
+        now[0] += seconds_of_save
+        watching.on_save(trainer.args, state, control)
+        now[0] += seconds_of_save
+        watching.on_evaluate(trainer.args, state, control)
+    watching.on_train_end(trainer.args, state, control)
+    assert watching.tokens_a_second == 100 / 10
 
 
 def test_only_skipped_steps_in_a_row_end_a_run(tmp_path):
