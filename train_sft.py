@@ -90,6 +90,8 @@ def make_model(
     model.config.update(special_tokens)
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
     flat_row.install(model)
+    if training_args.compile_blocks and not training_args.activation_checkpointing:
+        flat_row.compile_blocks(model)
     return lora.add(model, lora_args, model_args.model_name_or_path, training_args.seed) if lora_args.lora_r else model
 
 

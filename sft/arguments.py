@@ -64,7 +64,10 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     compile_blocks: bool = field(
-        default=False, metadata={"help": "Compile the layers around attention and loss: fewer and larger kernels."}
+        default=False,
+        metadata={
+            "help": "Compile the layers around attention and loss, which takes a minute; not with checkpointing."
+        },
     )
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that join rows into batches; by default 2 beside a GPU, else none."}
@@ -142,7 +145,19 @@ def check(
         raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
     if training_args.offload != "none":
         zero.check_machine(training_args)
+    if training_args.compile_blocks and (other := _excludes_compiled_blocks(training_args)):
+        raise UserError(f"--compile_blocks does not go with {other}; leave one of them out")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != training_args.world_size:
         # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
         raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")
+
+
+def _excludes_compiled_blocks(args: TrainingArguments) -> str | None:
+    """Return what --compile_blocks cannot go with: PyTorch compiles nothing within a recomputed layer."""
+    others = {
+        "--torch_compile, which compiles them too": args.torch_compile,
+        "ZeRO-3, which splits their weights": zero.stage_of(args) == 3,
+        "--activation_checkpointing": bool(args.activation_checkpointing or args.gradient_checkpointing),
+    }
+    return next((name for name, is_asked in others.items() if is_asked), None)

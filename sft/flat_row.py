@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.bloom.modeling_bloom import BloomGelu
+from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from sft import attention
 from sft.loss import TiedEmbedding, TiedGradient, next_token_loss
@@ -23,6 +24,8 @@ from sft.program import UserError
 # Largest difference of two logits by the largest logit. A leak moves logits by a tenth and more; rounding in 16 bits,
 # in another order of summation, by up to a few hundredths.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+BLOCKS = (BloomBlock, FalconDecoderLayer)
+REPLACED = ("forward", "_compiled_call_impl")  # attributes of an instance that stand before its class's own forward
 CHECKED_LENGTHS = (23, 17)  # tokens of the two examples of the check
 FAMILIES = "give a bloom, falcon, llama or qwen2 model"
 
@@ -50,22 +53,39 @@ def install(model: PreTrainedModel) -> None:
     model.forward = MethodType(forward, model)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile what surrounds attention and loss, on the instance: norms, GELU, residuals, layer after layer the same.
+
+    Attention and loss keep kernels of their own, so each layer falls into four parts, each compiled once for all
+    layers.
+    """
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.compile()
+
+
 def remove(model: PreTrainedModel) -> None:
     """Give a model its own forwards back."""
     for module in model.modules():
-        module.__dict__.pop("forward", None)
+        for name in REPLACED:
+            module.__dict__.pop(name, None)
 
 
 @contextmanager
 def removed(model: PreTrainedModel) -> Iterator[None]:
     """Take the forwards off for a while; those that others put on top of them are put back too."""
-    forwards = {module: module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__}
+    replaced = [
+        (module, name, module.__dict__[name])
+        for module in model.modules()
+        for name in REPLACED
+        if name in module.__dict__
+    ]
     remove(model)
     try:
         yield
     finally:
-        for module, own in forwards.items():
-            module.forward = own
+        for module, name, own in replaced:
+            module.__dict__[name] = own
 
 
 def forward(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 
 import torch
 from peft import PeftModel
@@ -205,6 +206,9 @@ class Probe:
         model = model.to(self.numbers.weights).to_empty(device="cpu").train()
         model.tie_weights()
         flat_row.install(model)
+        if self.load.is_gpu and self.numbers.autocast:
+            for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+                norm.forward = MethodType(_norm_as_autocast_on_a_gpu, norm)
         if self.method == "full":
             return model
         if self.method == "QLoRA":
@@ -226,6 +230,13 @@ class Probe:
             yield
         finally:
             attention.attend = own
+
+
+def _norm_as_autocast_on_a_gpu(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Stand in for LayerNorm.forward: CUDA's autocast casts its input to fp32, the CPU's does not."""
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
+        return functional.layer_norm(hidden_states.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 def _attend_as_flex(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:

@@ -61,7 +61,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: torch.Tensor):
         """Return the gradients that forward kept, times `grad_loss`."""
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
-        if ctx.left is not None or grad_loss != 1:  # on a CPU, a pass over (V, H) that changes nothing is spared
+        # On a CPU, a pass over (V, H) that changes nothing is spared; elsewhere, to look would mean to wait.
+        if ctx.left is not None or grad_loss.device.type != "cpu" or grad_loss != 1:
             factor = grad_loss if ctx.left is None else grad_loss * ctx.left
             for grad in (grad_hidden, grad_weight):
                 if grad is not None:

@@ -163,7 +163,8 @@ def device_line(args: TrainingArguments, is_lora: bool) -> str:
     sharing = f", ZeRO-{stage}" if (stage := zero.stage_of(args)) else ", each with the whole model" if ranks else ""
     offload = {"none": "", "optimizer": ", optimizer states offloaded", "all": ", all states offloaded"}[args.offload]
     where = f" to {args.offload_dir}" if args.offload_dir else ""
-    return f"{ranks}{name} ({args.device.type}){sharing}{offload}{where}; {precision.line(args, is_lora)}"
+    compiled = ", layers compiled" if args.compile_blocks and not args.activation_checkpointing else ""
+    return f"{ranks}{name} ({args.device.type}){sharing}{offload}{where}{compiled}; {precision.line(args, is_lora)}"
 
 
 def gib(num_bytes: float) -> str:

@@ -119,6 +119,35 @@ def test_compiling_the_rest_of_the_model_changes_nothing(shape: str, device: str
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
 
 
+@pytest.mark.parametrize("shape", TINY_SHAPES)
+def test_compiled_blocks_change_nothing_and_are_compiled_once_for_all_layers(shape: str):
+    own, model = make_installed(shape).train(), make_installed(shape).train()
+    examples = make_examples(LENGTHS)
+    inputs = [torch.cat(examples, 1), positions_of(LENGTHS), torch.cat(list(map(mask_prompt, examples)), 1)]
+    expected = own(*inputs).loss
+    expected.backward()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch.compiler.reset()
+    flat_row.compile_blocks(model)
+    for block in model.base_model.h:
+        block._compiled_call_impl = torch.compile(block._call_impl, backend=backend)
+    loss = model(*inputs).loss
+    loss.backward()
+    assert off_by(loss, expected) <= 1e-6
+    assert wrong_gradients(model, own, 1e-5) == {}
+    assert 2 <= len(graphs) <= 5, "each layer was compiled anew"
+    names = {name for graph in graphs for name in graph}
+    assert not any("scaled_dot_product" in name for name in names)
+    with flat_row.removed(model):
+        assert all(block._compiled_call_impl is None for block in model.base_model.h)
+    assert all(block._compiled_call_impl is not None for block in model.base_model.h)
+
+
 @pytest.mark.parametrize("shape", ["falcon-tiny", "falcon-tiny-40b"])
 @torch.no_grad()
 def test_rotations_start_anew_with_each_example(shape: str):
