@@ -121,7 +121,12 @@ def main() -> None:
     lines = [measure_size(rows, options) for rows in options.rows]
     given = f"--rows {' '.join(map(str, options.rows))} --processes {options.processes}"
     command = f"python -m benchmarks.data_size --data {Path(options.data).name} {given}"
-    result = {"command": command, "processor": measure.processor(), "versions": measure.versions(), "lines": lines}
+    result = {
+        "command": command,
+        "processor": measure.processor(uses_gpu=False),
+        "versions": measure.versions(),
+        "lines": lines,
+    }
     measure.save(options.output, "data-size", result, measure.markdown(HEADER, lines))
 
 

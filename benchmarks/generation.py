@@ -167,7 +167,7 @@ def main() -> None:
         names = [Path(path).name for path in (options.checkpoint, options.data)]
         written += ["--checkpoint", names[0], "--data", names[1], "--rows", str(options.rows)]
     command = f"python -m benchmarks.generation {' '.join(written)}"
-    place = {"command": command, "processor": measure.processor(), "versions": measure.versions()}
+    place = {"command": command, "processor": measure.processor(uses_gpu=False), "versions": measure.versions()}
     measure.save(options.output, f"generation-{options.shape}-cpu", {**place, "results": results}, table_of(results))
 
 

@@ -4,24 +4,56 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import compilation_time_metrics
 
 from sft import machine
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
+MOST_CALLS = 10  # to be rid of compilations
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 
 
-def processor() -> str:
-    """Return the name of the GPU, or of the CPU where there is none, with its cores."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine.processor()
+def processor(uses_gpu: bool) -> str:
+    """Return the name of the GPU, or of the CPU with its cores: of what was measured, whatever else is there."""
+    return torch.cuda.get_device_name() if uses_gpu else machine.processor()
+
+
+# Dense bf16 products, TFLOP/s, from the makers' data sheets; a form with slower memory or less power comes first.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+def peak_flops() -> float | None:
+    """Return the GPU's dense bf16 operations a second from PEAK_TFLOPS, None where the card is not in it."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next(
+        (1e12 * tflops for card, tflops in PEAK_TFLOPS.items() if all(part in name for part in card.split())), None
+    )
+
+
+def num_compilations() -> int:
+    """Return how many phases of a compilation this process has been through, forward or backward."""
+    return sum(map(len, compilation_time_metrics.values()))
 
 
 def versions() -> str:
@@ -61,6 +93,43 @@ def limit_memory() -> int:
     limit = int(0.9 * available)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return limit
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the items of `benchmarks.gpu` are given: the device, whether shapes are tiny, rows, and a folder."""
+
+    device: torch.device
+    is_tiny: bool
+    data: str
+    scratch: Path
+
+    def shapes(self, *names: str) -> list[str]:
+        """Return names of shapes, or those of their families' tiny ones, each once."""
+        return list(dict.fromkeys(f"{name.split('-')[0]}-tiny" if self.is_tiny else name for name in names))
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
+    """Return the median time of a call, once no call compiles any more."""
+    for _ in range(MOST_CALLS):
+        compiled = num_compilations()
+        function()
+        if num_compilations() == compiled:
+            break
+    times = []
+    for _ in range(repeats):
+        wait_for_gpu()
+        start = time.perf_counter()
+        function()
+        wait_for_gpu()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU, if there is one, has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def run_apart(module: str, *arguments: object, **environment: str) -> dict:

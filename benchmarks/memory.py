@@ -105,7 +105,7 @@ def main() -> None:
             points[way][length] = point
             print(f"{way:6}{length:6,} tokens  {(point['bytes'] or float('nan')) / measure.GIB:.2f} GiB", flush=True)
     name = f"memory-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
-    place = {"processor": measure.processor(), "versions": measure.versions()}
+    place = {"processor": measure.processor(uses_gpu=torch.cuda.is_available()), "versions": measure.versions()}
     command = f"python -m benchmarks.memory --shape {options.shape}"
     measure.save(options.output, name, {"command": command, **place, "points": points}, table_of(points))
     plot(points, options.shape, options.output / f"{name}.png")

@@ -195,7 +195,7 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
                 print(*rows[-1], sep="  ", flush=True)
     table = measure.markdown(["run", "planned", "measured", "ratio"], rows)
     command = f"python -m benchmarks.plan --measure --num_tokens {num_tokens}"
-    place = {"processor": measure.processor(), "versions": measure.versions()}
+    place = {"processor": measure.processor(uses_gpu=False), "versions": measure.versions()}
     measure.save(output, "plan-measured-cpu", {"command": command, **place, "points": points}, table)
 
 

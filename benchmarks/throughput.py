@@ -38,8 +38,7 @@ from sft.random_model import SHAPES, build_model, read_texts, train_tokenizer
 from sft.shards import find_shards
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # as base_run.sh and ds_all.sh set it
-# Dense bf16 products, TFLOP/s, from the makers' data sheets.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+MOST_WARMUP = 20  # steps more, where kernels are still being compiled
 
 
 @dataclass(frozen=True)
@@ -67,33 +66,46 @@ WAYS = {
 
 
 class Meter(TrainerCallback):
-    """Counts real tokens and labels of each step, and its seconds, from the first step after the warm-up on."""
+    """Counts real tokens and labels of each step, and the seconds from step to step, once the warm-up is over.
 
-    def __init__(self, warmup: int):
-        self.warmup, self.tokens, self.labels, self.squares = warmup, 0, 0, 0
-        self.seconds = 0.0
+    The warm-up goes on while kernels are still compiled. Counts stay on the device until they are asked for: to read
+    one would make the host wait.
+    """
+
+    def __init__(self, warmup: int, steps: int):
+        self.warmup, self.steps, self.first_step = warmup, steps, None
+        self.num_compilations, self.seconds = 0, 0.0
+        self.loss, self.losses, self.counts = 0.0, [], {}
 
     def count(self, inputs: dict) -> None:
         """Add a batch: its tokens without padding, its labels, and the sum of its examples' squared lengths."""
         labels, positions, mask = (inputs.get(name) for name in ("labels", "position_ids", "attention_mask"))
-        padded = positions is None and mask is not None
-        self.tokens += mask.sum().item() if padded else labels.numel()
-        self.labels += (labels[:, 1:] != IGNORE_INDEX).sum().item()
+        counts = {"tokens": labels.numel(), "labels": (labels[:, 1:] != IGNORE_INDEX).sum(), "squares": 0}
         if positions is not None:
-            self.squares += (2 * positions + 1).sum().item()  # sums to n * n over an example of n tokens
-        elif padded:
-            self.squares += mask.sum(1).square().sum().item()
+            counts["squares"] = (2 * positions + 1).sum()  # n * n for an example of n tokens: the sum of odd numbers
+        elif mask is not None:
+            counts |= {"tokens": mask.sum(), "squares": mask.sum(1).square().sum()}
+        self.counts = {name: self.counts.get(name, 0) + number for name, number in counts.items()}
 
     def on_step_end(self, args, state, control, **unused):
-        """Stop the clock of a step; the warm-up's steps do not count."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if state.global_step <= self.warmup:
-            self.tokens, self.labels, self.squares = 0, 0, 0
-        else:
-            self.seconds += now - self.last
-        self.last = now
+        """Start the clock after a step that compiles nothing, and stop it, and the run, so many steps later."""
+        self.losses.append(self.loss)
+        self.loss, compiled = 0.0, measure.num_compilations()
+        is_warm = state.global_step >= self.warmup and compiled == self.num_compilations
+        self.num_compilations = compiled
+        if self.first_step is None and (is_warm or state.global_step >= self.warmup + MOST_WARMUP):
+            self.first_step, self.counts = state.global_step, {}
+            measure.wait_for_gpu()
+            self.start = time.perf_counter()
+        elif self.first_step is not None and state.global_step == self.first_step + self.steps:
+            measure.wait_for_gpu()
+            self.seconds = time.perf_counter() - self.start
+            control.should_training_stop = True
+
+    def results(self) -> dict:
+        """Return the counts and the seconds of the measured steps, and the loss of every step."""
+        counts = {name: int(number) for name, number in self.counts.items()}
+        return {**counts, "seconds": self.seconds, "losses": [float(loss) for loss in self.losses]}
 
 
 def make_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -130,16 +142,17 @@ def make_trainer(
     examples = rows.map(one_reply_a_row, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
     settings = {
         "output_dir": tempfile.mkdtemp(),
-        "max_steps": options.warmup + options.steps,
-        "per_device_train_batch_size": way.batch[0],
+        "max_steps": options.warmup + MOST_WARMUP + options.steps,
+        "per_device_train_batch_size": options.rows if way.packed else way.batch[0],
         "gradient_accumulation_steps": way.batch[1],
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "bf16": torch.cuda.is_available(),
         "gradient_checkpointing": options.checkpointing,
+        "torch_compile": options.torch_compile and way.ours,
         "train_sampling_strategy": "random" if way.packed else "sequential",
-        "logging_steps": 1,
+        "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -155,6 +168,8 @@ def make_trainer(
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
     if way.ours:
         flat_row.install(model)
+    if way.ours and options.compile_blocks:
+        flat_row.compile_blocks(model)
     collate = flatten if way.ours or way.packed else pad
     arguments = TrainingArguments(**settings, remove_unused_columns=False)
     if not way.packed:
@@ -163,13 +178,25 @@ def make_trainer(
 
 
 def counted(training_step: Callable, meter: Meter) -> Callable:
-    """Return a Trainer's training step that shows each batch to the meter."""
+    """Return a Trainer's training step that shows each batch and its loss to the meter."""
 
     def step(model, inputs, *args, **kwargs):
         meter.count(inputs)
-        return training_step(model, inputs, *args, **kwargs)
+        loss = training_step(model, inputs, *args, **kwargs)
+        meter.loss += loss
+        return loss
 
     return step
+
+
+def metered(trainer: Trainer, options: argparse.Namespace) -> dict:
+    """Train; return counts and seconds of the measured steps, the loss of every step, and peak memory in bytes."""
+    meter = Meter(options.warmup, options.steps)
+    trainer.add_callback(meter)
+    trainer.training_step = counted(trainer.training_step, meter)
+    measure.reset_peak_memory()
+    trainer.train()
+    return {**meter.results(), "peak_bytes": measure.memory()}
 
 
 def measure_way(name: str, options: argparse.Namespace) -> dict:
@@ -179,25 +206,11 @@ def measure_way(name: str, options: argparse.Namespace) -> dict:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = build_model(options.shape)
     leak = flat_row.measure_leak(model)[1] if way.packed and not way.ours else None
-    meter = Meter(options.warmup)
     set_seed(0)
     trainer = make_trainer(way, model, tokenizer, options)
-    trainer.add_callback(meter)
-    trainer.training_step = counted(trainer.training_step, meter)
     if way.packed and way.ours:
         leak = flat_row.measure_leak(model)[1]
-    measure.reset_peak_memory()
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "tokens": meter.tokens,
-        "labels": meter.labels,
-        "squares": meter.squares,
-        "seconds": meter.seconds,
-        "peak_bytes": measure.memory(),
-        "losses": losses,
-        "leak": leak,
-    }
+    return {**metered(trainer, options), "leak": leak}
 
 
 def model_flops(shape: str, result: dict) -> float:
@@ -214,16 +227,10 @@ def model_flops(shape: str, result: dict) -> float:
     return 6 * (num_parameters - head) * result["tokens"] + 6 * head * result["labels"] + 6 * layers * result["squares"]
 
 
-def peak_flops() -> float | None:
-    """Return the GPU's dense bf16 operations a second from PEAK_TFLOPS, None where the card is not in it."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((1e12 * tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
-
-
 def table_of(results: dict[str, dict], shape: str) -> str:
     """Return the Markdown table of all ways, in relation to the first."""
     header = ["way", "tokens/s", "labels/s", "ratio", "peak memory", "last loss", "leak: logits off by"]
-    peak = peak_flops()
+    peak = measure.peak_flops()
     first = results["plain"]["tokens"] / results["plain"]["seconds"] if "plain" in results else None
     rows = []
     for name, result in results.items():
@@ -263,6 +270,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, not measured")
     parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured, in turn")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--rows", type=int, default=1, help="packed rows a step")
+    parser.add_argument("--compile_blocks", action="store_true", help="compile the layers of this project's ways")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the whole model of this project's ways")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
     parser.add_argument("--vocab_size", type=int, help="tokens to train the tokenizer to; by default the shape's")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
@@ -281,7 +291,8 @@ def main() -> None:
     if any(WAYS[name].trl for name in options.ways) and not find_spec("trl"):
         raise UserError("TRL is not installed; pip install -r benchmarks/requirements.txt, or type --ways plain ours")
     given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
-    given += ["--max_length", options.max_length, *(["--checkpointing"] if options.checkpointing else [])]
+    given += ["--max_length", options.max_length, "--rows", options.rows]
+    given += [f"--{name}" for name in ("checkpointing", "compile_blocks", "torch_compile") if getattr(options, name)]
     given += ["--vocab_size", options.vocab_size] if options.vocab_size else []
     measured: dict[str, list[dict]] = {name: [] for name in options.ways}
     for turn in range(options.rounds):
@@ -293,7 +304,11 @@ def main() -> None:
     results = {name: merge(rounds) for name, rounds in measured.items()}
     written = [*map(str, given), "--rounds", str(options.rounds)]
     command = f"python -m benchmarks.throughput {' '.join(written)}".replace(options.data, Path(options.data).name)
-    place = {"command": command, "processor": measure.processor(), "versions": measure.versions()}
+    place = {
+        "command": command,
+        "processor": measure.processor(uses_gpu=torch.cuda.is_available()),
+        "versions": measure.versions(),
+    }
     name = f"throughput-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
     measure.save(options.output, name, {**place, "results": results}, table_of(results, options.shape))
 

@@ -151,7 +151,12 @@ def main() -> None:
         [[title, f"{rates[name]:,.0f}", f"{rates[name] / rates['original']:.2f}"] for name, title in WAYS.items()],
     )
     command = f"python -m benchmarks.tokenise {' '.join(given)}".replace(options.data, Path(options.data).name)
-    result = {"command": command, "processor": measure.processor(), "versions": measure.versions(), "seconds": seconds}
+    result = {
+        "command": command,
+        "processor": measure.processor(uses_gpu=False),
+        "versions": measure.versions(),
+        "seconds": seconds,
+    }
     measure.save(options.output, f"tokenise-{options.family}-{options.processes}", result, table)
 
 

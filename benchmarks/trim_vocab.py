@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from benchmarks import measure
-from benchmarks.throughput import HUGE_PAGES, WAYS, Meter, counted, make_tokenizer, make_trainer, merge
+from benchmarks.throughput import HUGE_PAGES, WAYS, make_tokenizer, make_trainer, merge, metered
 from sft.program import ArgumentParser, UserError, run_program
 from sft.random_model import SHAPES, build_model
 from sft.shards import find_shards
@@ -34,21 +34,8 @@ def measure_model(name: str, options: argparse.Namespace) -> dict:
         if name == "trimmed":
             trim_model(model, range(options.vocab_size))
     set_seed(0)
-    meter = Meter(options.warmup)
     trainer = make_trainer(WAYS["ours-packed"], model, tokenizer, options)
-    trainer.add_callback(meter)
-    trainer.training_step = counted(trainer.training_step, meter)
-    measure.reset_peak_memory()
-    trainer.train()
-    return {
-        "parameters": model.num_parameters(),
-        "tokens": meter.tokens,
-        "labels": meter.labels,
-        "squares": meter.squares,
-        "seconds": meter.seconds,
-        "peak_bytes": measure.memory(),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
+    return {"parameters": model.num_parameters(), **metered(trainer, options)}
 
 
 def table_of(results: dict[str, dict], vocabulary: dict[str, int]) -> str:
@@ -82,6 +69,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for both")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)  # the process of one model
+    parser.set_defaults(rows=1, compile_blocks=False, torch_compile=False)
     options = parser.parse_args(given)
     if not 512 <= options.vocab_size < SHAPES[options.shape].vocab_size:
         raise UserError(
@@ -109,7 +97,11 @@ def main() -> None:
             print(f"round {turn + 1}  {name:8}{result['tokens'] / result['seconds']:10,.1f} tokens/s", flush=True)
     results = {name: merge(rounds) for name, rounds in measured.items()}
     command = f"python -m benchmarks.trim_vocab {' '.join(map(str, given))} --rounds {options.rounds}"
-    place = {"command": command, "processor": measure.processor(), "versions": measure.versions()}
+    place = {
+        "command": command,
+        "processor": measure.processor(uses_gpu=torch.cuda.is_available()),
+        "versions": measure.versions(),
+    }
     table = table_of(results, {"whole": SHAPES[options.shape].vocab_size, "trimmed": options.vocab_size})
     name = f"trim-vocab-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
     measure.save(options.output, name, {**place, "results": results}, table)

@@ -15,9 +15,9 @@ import torch
 from conftest import PROJECT
 from transformers import AutoModelForCausalLM, Trainer
 
-from sft import arguments, machine
-from sft.chat import choose_device
-from sft.footprint import Load, Strategy, footprint, sizes_of
+from sft import arguments, machine, precision
+from sft.chat import choose_device, choose_dtype
+from sft.footprint import Load, Probe, Strategy, _kept, footprint, sizes_of
 from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
 from sft.models import count_parameters
@@ -129,6 +129,10 @@ def test_other_accelerators_are_found_by_what_they_can_do(kind, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert machine.accelerator() == device and machine.accelerator(use_cpu=True) is None
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    assert choose_device("auto") == device.type
+    monkeypatch.setattr(precision, "is_torch_bf16_gpu_available", lambda: kind != "mps")
+    assert choose_dtype(device.type) == (torch.float32 if kind == "mps" else torch.bfloat16)
     found = machine.find(None, "64GB", None, use_cpu=False)
     if kind == "mps":
         assert (found.is_gpu, found.device_bytes, found.num_devices) == (False, 64 * GIB, 1)
@@ -164,6 +168,29 @@ def test_more_tokens_take_more_and_checkpointing_and_lora_less(shape):
     assert needs(Strategy("QLoRA")) < needs(Strategy("LoRA")) < needs(full)
     first, second, third = (needs(full, num_tokens) for num_tokens in (8192, 16384, 24576))
     assert second - first == pytest.approx(third - second, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "by_token"),
+    [
+        ("bloom-560m", "full", 36_944),
+        ("bloom-560m", "LoRA", 39_120),
+        ("falcon-7b", "full", 136_996),
+        ("falcon-7b", "LoRA", 146_212),
+    ],
+)
+def test_a_layer_keeps_what_was_counted_under_the_autocast_of_a_gpu(shape, method, by_token):
+    # Counted with tensors that claim to be on a GPU: its autocast, unlike the CPU's, norms in fp32.
+    kept = _kept(Probe(Strategy(method), load_of(shape)))
+    assert kept.layer_by_token == by_token
+    on_a_cpu = _kept(Probe(Strategy(method), replace(load_of(shape), is_gpu=False, attends_by_blocks=False)))
+    assert method == "full" or kept.layer_by_token > 1.05 * on_a_cpu.layer_by_token
+
+
+def test_a_gpu_that_attends_by_examples_keeps_the_wider_heads():
+    strategy, load = Strategy("full"), load_of("bloom-560m")
+    turing = replace(load, attends_by_blocks=False)
+    assert footprint(strategy, turing, 1).device > footprint(strategy, load, 1).device
 
 
 @pytest.mark.parametrize("stage", [2, 3])

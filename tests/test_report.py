@@ -7,11 +7,11 @@ import pytest
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from sft import report
+from sft import arguments, report
 from sft.dataset import DataReport
 from sft.models import load_tokenizer
 from sft.packing import PackedDataset
-from sft.report import count_steps, losses, marked_example, plot_losses, rows_line, steps_line
+from sft.report import count_steps, losses, marked_example, plot_losses, rate_line, rows_line, steps_line
 from sft.store import Counts
 
 
@@ -92,6 +92,19 @@ def test_steps_line_counts_the_processes(packed, tmp_path, monkeypatch):
         start, end = "6 examples a step = 2 per", "1,000 steps = 125 epochs"
         line = steps_line(args, rows)
     assert line == f"{start} device x 1 accumulated x 3 processes; {end}; learning rate 2e-05, linear"
+
+
+def test_the_learning_rate_is_explained_where_no_flag_says_how_large_a_step_is(tmp_path):
+    rows = PackedDataset(make_examples([3] * 150), 10)  # three examples in a row
+    args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=2e-5)
+    args.per_device_train_batch_size = 8  # as plan.choose_batch_size finds on a GPU
+    line = rate_line(args, rows)["rate"]
+    assert "the original's steps had 8. For 24," in line and "--learning_rate 3.5e-05" in line
+    assert "--per_device_train_batch_size 1 gives small steps" in line
+    args.per_device_train_batch_size = 1
+    assert rate_line(args, rows) == {}
+    asked = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
+    assert rate_line(asked, rows) == {} == rate_line(asked, make_examples([3] * 9))
 
 
 @pytest.fixture
