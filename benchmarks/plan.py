@@ -26,7 +26,7 @@ from benchmarks import measure
 from sft.footprint import Footprint, Load, Strategy, footprint
 from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
-from sft.plan import name_of, options
+from sft.plan import choose, fits, name_of, options
 from sft.program import ArgumentParser, run_program
 from sft.random_model import SHAPES, bloom, read_texts
 
@@ -50,28 +50,25 @@ def load_of(config: PretrainedConfig, num_tokens: int, compute_dtype: torch.dtyp
     return Load(config, LoraArguments(lora_r=16), num_tokens, False, compute_dtype, is_gpu)
 
 
-def short_name(strategy: Strategy | None, needs: Footprint | None) -> str:
+def short_name(strategy: Strategy | None, needs: Footprint | None, here: Machine) -> str:
     """Return the cell of a strategy: what it is, and GiB of each GPU and of the host."""
     if strategy is None:
         return "no"
-    name = (
-        name_of(strategy)
-        .removeprefix(f"{strategy.method}, ")
-        .replace("one process, ", "")
-        .replace(" on the host", " off")
+    name = name_of(strategy).removeprefix(f"{strategy.method}, ").replace("one process, ", "")
+    name = {"one process": "plain"}.get(name, name).replace(" on the host", " off")
+    unproven = "" if fits(needs, here, strategy.zero_stage, is_proven=True) else ", unproven"
+    return (
+        f"{name}{' +' if strategy.checkpointing else ''}: {needs.device / GIB:.0f} / {needs.host / GIB:.0f}{unproven}"
     )
-    name = {"one process": "plain"}.get(name, name)
-    return f"{name}{' +' if strategy.checkpointing else ''}: {needs.device / GIB:.0f} / {needs.host / GIB:.0f}"
 
 
 def cells_of(config: PretrainedConfig, here: Machine) -> list[str]:
-    """Return for each method the first strategy that fits a machine."""
+    """Return for each method the strategy that --plan chooses on a machine."""
     load = load_of(config, NUM_TOKENS, torch.bfloat16, is_gpu=True)
     found, cells = options(load, here), []
     for method in ("full", "LoRA", "QLoRA"):
-        strategies = (option.best_on(here) for option in found if option.strategy.method == method)
-        chosen = next((strategy for strategy in strategies if strategy), None)
-        cells.append(short_name(chosen, chosen and footprint(chosen, load, here.num_devices)))
+        chosen = choose(found, here, method)
+        cells.append(short_name(chosen, chosen and footprint(chosen, load, here.num_devices), here))
     return cells
 
 

@@ -134,13 +134,9 @@ def one_reply_a_row(rows: dict[str, list]) -> dict[str, list]:
     return columns
 
 
-def make_trainer(
-    way: Way, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
-) -> Trainer:
-    """Return the Trainer of a way to train; all have the same optimizer, learning rate and order of rows."""
-    rows, _ = load_examples(options.data, tokenizer)
-    examples = rows.map(one_reply_a_row, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
-    settings = {
+def trainer_settings(way: Way, options: argparse.Namespace) -> dict[str, object]:
+    """Return the Trainer's arguments of a way to train; all have the same optimizer and learning rate."""
+    return {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": options.warmup + MOST_WARMUP + options.steps,
         "per_device_train_batch_size": options.rows if way.packed else way.batch[0],
@@ -158,6 +154,15 @@ def make_trainer(
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+
+
+def make_trainer(
+    way: Way, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> Trainer:
+    """Return the Trainer of a way to train; all have the same order of rows."""
+    rows, _ = load_examples(options.data, tokenizer)
+    examples = rows.map(one_reply_a_row, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+    settings = trainer_settings(way, options)
     if way.trl:
         from trl import SFTConfig, SFTTrainer
 

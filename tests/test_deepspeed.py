@@ -26,7 +26,7 @@ FLAGS = ["--num_train_epochs", "2", "--logging_steps", "1", "--learning_rate", "
 FLAGS += ["--activation_checkpointing", "False", "--warmup_steps", "0", "--per_device_eval_batch_size", "5"]
 # With Adam's usual 1e-8, a gradient that is zero but for rounding moves its weight by the whole learning rate.
 FLAGS += ["--adam_epsilon", "1e-3"]
-APART = ["--packing", "False"]
+APART = ["--packing", "False", "--per_device_train_batch_size", "1"]
 PACKED = ["--packing", "True", "--model_max_length", "300"]
 
 

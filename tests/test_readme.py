@@ -80,7 +80,7 @@ def test_every_flag_and_variable_is_known(name):
 def test_the_recipe_is_what_base_run_does():
     script = (PROJECT / "base_run.sh").read_text()
     recipe = ["num_train_epochs 3", "learning_rate 2e-5", "model_max_length 2048", "save_steps 500"]
-    packed = ["save_total_limit 2", "packing True", "per_device_train_batch_size 1", "gradient_accumulation_steps 1"]
+    packed = ["save_total_limit 2", "packing True", "gradient_accumulation_steps 1"]
     assert [flag for flag in recipe + packed if f"    --{flag} \\\n" not in script] == []
 
 
