@@ -115,22 +115,39 @@ def train(given: Given) -> Iterator[Figures]:
 
 
 def zero(given: Given) -> Iterator[Figures]:
-    """Yield whether ZeRO-2 and ZeRO-3 run with each offload on one rank, and the loss after three steps."""
-    [shape] = given.shapes("bloom-154m")
-    launch = ("-m", "sft.launch", "--ranks", "1", *(["--cpu"] if given.device.type == "cpu" else []), "train_sft.py")
-    environment = {"DS_ACCELERATOR": "cpu"} if given.device.type == "cpu" else {}
-    offloads = [(2, "none"), (3, "none")]
+    """Yield whether ZeRO-2 and ZeRO-3 run with each offload on one rank, and ZeRO-2 on all with and without overlap."""
+    configs = [(f"ZeRO-{stage}", f"ds_zero{stage}_config.json", "none", 1) for stage in (2, 3)]
     if given.device.type != "cpu":
-        offloads += [(2, "optimizer"), (3, "optimizer"), (3, "all")]
-    for stage, offload in offloads:
-        flags = ["--deepspeed", f"ds_zero{stage}_config.json", "--offload", offload, "--max_steps", 3]
-        flags += ["--save_strategy", "no"]
-        try:
-            seconds, printed = run_script(given, shape, f"zero{stage}{offload}", *flags, launch=launch, **environment)
-            found = {"seconds": seconds, "loss": re.search(r"^loss (.*) in", printed, re.M)[1]}
-        except RuntimeError as error:
-            found = {"failed": str(error)[-300:]}
-        yield f"{shape}, ZeRO-{stage}, offload {offload}", found
+        configs += [
+            (f"ZeRO-{stage}, offload {offload}", f"ds_zero{stage}_config.json", offload, 1)
+            for stage, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all"))
+        ]
+    if (ranks := torch.cuda.device_count()) > 1:
+        for overlaps in (False, True):
+            config = json.loads((PROJECT / "ds_zero2_config.json").read_text())
+            config["zero_optimization"]["overlap_comm"] = overlaps
+            path = given.scratch / f"overlap_{overlaps}.json"
+            path.write_text(json.dumps(config))
+            configs.append((f"ZeRO-2 on {ranks} GPUs, overlap_comm {overlaps}", path, "none", ranks))
+    [shape] = given.shapes("bloom-154m")
+    for title, config, offload, ranks in configs:
+        yield f"{shape}, {title}", zero_run(given, shape, config, offload, ranks)
+
+
+def zero_run(given: Given, shape: str, config: object, offload: str, ranks: int) -> dict:
+    """Return the seconds, tokens/s and loss of ten steps under DeepSpeed, or why they failed."""
+    on_cpu = given.device.type == "cpu"
+    launch = ("-m", "sft.launch", "--ranks", str(ranks), *(["--cpu"] if on_cpu else []), "train_sft.py")
+    environment = {"DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    flags = ["--deepspeed", config, "--offload", offload, "--max_steps", 10, "--save_strategy", "no"]
+    output = f"zero_{Path(config).stem}_{offload}_{ranks}"
+    try:
+        seconds, printed = run_script(given, shape, output, *flags, launch=launch, **environment)
+    except RuntimeError as error:
+        return {"failed": str(error)[-300:]}
+    card = (given.scratch / output / "README.md").read_text(encoding="utf-8")
+    rate = float(re.search(r"([\d,]+) tokens a second", card)[1].replace(",", ""))
+    return {"seconds": seconds, "tokens/s": rate, "loss": re.search(r"^loss (.*) in", printed, re.M)[1]}
 
 
 def qlora(given: Given) -> Iterator[Figures]:

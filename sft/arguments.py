@@ -143,6 +143,10 @@ def check(
         raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
     if (training_args.offload != "none" or training_args.offload_dir) and not training_args.deepspeed:
         raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
+    if training_args.deepspeed and training_args.device.type not in ("cuda", "cpu"):
+        raise UserError(
+            f"--deepspeed runs here on CUDA GPUs and CPUs, not on {training_args.device.type}; leave it out"
+        )
     if training_args.offload != "none":
         zero.check_machine(training_args)
     if training_args.compile_blocks and (other := _excludes_compiled_blocks(training_args)):

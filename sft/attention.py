@@ -178,14 +178,14 @@ def attend_by_examples(packed: torch.Tensor, row: FlatRow, rotations: Rotations 
     """
     query, key, value = split(packed, rotations)
     dtype, head_dim = query.dtype, query.shape[-1]
-    if repeats := query.shape[1] // key.shape[1] - 1:
-        key, value = (heads.repeat_interleave(repeats + 1, 1) for heads in (key, value))
+    if (repeats := query.shape[1] // key.shape[1]) > 1:
+        key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
     if row.key_bias is not None:
-        more = 1 if query.device.type == "cpu" else HEAD_ALIGNMENT
         bias = (row.key_bias * math.sqrt(head_dim))[None, :, :, None]
-        query = functional.pad(functional.pad(query.float(), (0, 1), value=1.0), (0, more - 1))
-        key = functional.pad(torch.cat([key.float(), bias], dim=-1), (0, more - 1))
-        value = functional.pad(value.float(), (0, more))
+        query, key = functional.pad(query.float(), (0, 1), value=1.0), torch.cat([key.float(), bias], dim=-1)
+        if query.device.type != "cpu":
+            query, key = (functional.pad(heads, (0, HEAD_ALIGNMENT - 1)) for heads in (query, key))
+        value = functional.pad(value.float(), (0, query.shape[-1] - head_dim))
     with torch.autocast(query.device.type, enabled=False):  # which would round the bias to 16 bits
         contexts = [
             functional.scaled_dot_product_attention(

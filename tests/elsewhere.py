@@ -23,6 +23,9 @@ from sft.dataset import flatten
 from sft.random_model import build_model
 
 DEVICE = "elsewhere"
+# Operations whose result the host must wait for: numbers that it reads, and sizes that depend on them.
+READING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
+WAITS: list[str] = []  # what the host has waited for
 
 
 class There(torch.Tensor):
@@ -38,6 +41,7 @@ class There(torch.Tensor):
 
     def tolist(self) -> list:
         """Return the numbers."""
+        WAITS.append("tolist")
         return self.here.tolist()
 
     @classmethod
@@ -48,7 +52,10 @@ class There(torch.Tensor):
 
 def compute(function, *args, **kwargs):
     """Run an operation on the CPU; its result is on the device, unless the CPU was asked for."""
-    leaves_for_cpu = str(kwargs.get("device")) == "cpu"
+    leaves_for_cpu, name = str(kwargs.get("device")) == "cpu", function.overloadpacket.__name__
+    comes_from_cpu = any(type(each) is torch.Tensor and each.ndim for each in args)
+    if leaves_for_cpu or comes_from_cpu or name in READING:
+        WAITS.append(name)
     given = {id(there.here): there for there in (*args, *kwargs.values()) if isinstance(there, There)}
 
     def to_here(value):
@@ -66,7 +73,7 @@ def compute(function, *args, **kwargs):
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
     """Return the loss of a batch, and every gradient."""
-    loss = model(**batch, num_items_in_batch=torch.tensor(40.0).to(batch["input_ids"].device)).loss
+    loss = model(**batch, num_items_in_batch=torch.full((), 40.0, device=batch["input_ids"].device)).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -99,14 +106,17 @@ def compare(shape: str, dtype: torch.dtype) -> dict:
     moved = move(model)
     flat_row.install(model), flat_row.install(moved)
     assert not attention.has_flex_attention(torch.device(DEVICE))
+    WAITS.clear()
     loss, gradients = loss_and_gradients(moved, {name: There(tensor) for name, tensor in batch.items()})
+    waits = list(WAITS)
     expected, expected_gradients = loss_and_gradients(model, batch)
     assert gradients.keys() == expected_gradients.keys()
     worst = max(
         ((gradients[name].here - gradient).norm() / gradient.norm().clamp(min=1e-3)).item()
         for name, gradient in expected_gradients.items()
     )
-    return {"loss": abs(loss.here - expected).item() / expected.item(), "gradients": worst, "given": given}
+    off_by = abs(loss.here - expected).item() / expected.item()
+    return {"loss": off_by, "gradients": worst, "given": given, "waits": waits}
 
 
 if __name__ == "__main__":

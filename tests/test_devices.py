@@ -18,6 +18,8 @@ def test_another_device_has_the_loss_and_gradients_of_the_cpu(shape: str, dtype:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loss"] <= tolerance and found["gradients"] <= tolerance, found
+    # Where the examples lie, for attention by examples; FlexAttention does not ask.
+    assert found["waits"] == ["nonzero", "tolist"], "a forward and a backward make the host wait for the device"
     there = [given[1:] for given in found["given"] if given[0] == "elsewhere"]
     assert there, "attention did not run on the device"
     for *num_heads, head_dim in there:

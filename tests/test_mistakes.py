@@ -44,6 +44,14 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
     "tracker that is not installed": (lambda t, m: {"--report_to": "wandb"}, "wandb is not installed"),
     "length below the template": (lambda t, m: {"--model_max_length": "20"}, "--model_max_length 20 is too short"),
     "share out of range": (lambda t, m: {"--eval_fraction": "2"}, "--eval_fraction 2.0"),
+    "layers compiled twice": (
+        lambda t, m: {"--compile_blocks": "True", "--torch_compile": "True"},
+        "--compile_blocks does not go with --torch_compile",
+    ),
+    "layers compiled and recomputed": (
+        lambda t, m: {"--compile_blocks": "True", "--activation_checkpointing": "True"},
+        "--compile_blocks does not go with --activation_checkpointing",
+    ),
     "missing flag": (lambda t, m: {"--data_path": None}, "--data_path"),
 }
 # Name: (rows, further flags, what the line must say, what is said of the refused rows before it).
