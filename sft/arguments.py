@@ -141,14 +141,7 @@ def check(
         raise UserError(f"--train_sampling_strategy {strategy} saves padding, which rows here have not; type random")
     if training_args.save_on_each_node:
         raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
-    if (training_args.offload != "none" or training_args.offload_dir) and not training_args.deepspeed:
-        raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
-    if training_args.deepspeed and training_args.device.type not in ("cuda", "cpu"):
-        raise UserError(
-            f"--deepspeed runs here on CUDA GPUs and CPUs, not on {training_args.device.type}; leave it out"
-        )
-    if training_args.offload != "none":
-        zero.check_machine(training_args)
+    _check_zero(training_args)
     if training_args.compile_blocks and (other := _excludes_compiled_blocks(training_args)):
         raise UserError(f"--compile_blocks does not go with {other}; leave one of them out")
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -165,3 +158,13 @@ def _excludes_compiled_blocks(args: TrainingArguments) -> str | None:
         "--activation_checkpointing": bool(args.activation_checkpointing or args.gradient_checkpointing),
     }
     return next((name for name, is_asked in others.items() if is_asked), None)
+
+
+def _check_zero(args: TrainingArguments) -> None:
+    """Raise UserError if DeepSpeed cannot run on the device, or cannot offload as it is asked to."""
+    if (args.offload != "none" or args.offload_dir) and not args.deepspeed:
+        raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
+    if args.deepspeed and args.device.type not in ("cuda", "cpu"):
+        raise UserError(f"--deepspeed runs here on CUDA GPUs and CPUs, not on {args.device.type}; leave it out")
+    if args.offload != "none":
+        zero.check_machine(args)
