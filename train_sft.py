@@ -249,11 +249,11 @@ def main() -> None:
         config = load_config(location, training_args.cache_dir)
         paths = (model_args.model_name_or_path, data_args.data_path, training_args.output_dir)
         run = plan.Run(training_args, lora_args, plan_args, config, *paths)
-        if data_args.packing and training_args.batch_size_is_open:
-            plan.choose_batch_size(run)
         if plan_args.plan:
             print(plan.show(run))
             return
+        if data_args.packing and training_args.batch_size_is_open:
+            plan.choose_batch_size(run)
         tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ PARTS = {
 ITEMS = {name: getattr(module, name) for module in (gpu_kernels, gpu_runs) for name in vars(module)}
 ITEMS = {name: ITEMS[name] for part in PARTS.values() for name in part}
 SAMPLE = Path(__file__).parent.parent / "data_proj" / "sample"
-SAMPLE_REPEATS = 40  # of 378 rows: a million tokens, more than any item trains on; one is enough for tiny shapes
+SAMPLE_REPEATS = 12  # of 378 rows: twenty steps of 16,384 tokens; one is enough for tiny shapes
 MOST_COMPILED = (
     64  # times that a function is compiled anew: for each shape, and each length with a gradient and without
 )
@@ -77,21 +78,24 @@ def emit(**line: object) -> None:
 # --------------------------------------------------------------------------------------------- the process that reports
 
 
+def start_worker(items: list[str], data: str, scratch: Path) -> subprocess.Popen:
+    """Start the process that does items, in a group of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "--scratch", scratch, "--data", data]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    with (scratch / "errors").open("a") as errors:
+        streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        return subprocess.Popen(
+            [*map(str, command), "--items", *items], env=environment, start_new_session=True, **streams
+        )
+
+
 def figures_of(options: argparse.Namespace, scratch: Path) -> Iterator[dict]:
     """Yield each figure as it comes, until all items are done or the time is over."""
     deadline, left = time.monotonic() + 60 * options.minutes - SECONDS_TO_END, list(options.items)
     while left and time.monotonic() < deadline:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "--scratch", scratch, "--data", options.data]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-        with (scratch / "errors").open("a") as errors:
-            worker = subprocess.Popen(
-                [*map(str, command), "--items", *left],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        killer = threading.Timer(max(1, deadline - time.monotonic()), worker.kill)
+        worker = start_worker(left, options.data, scratch)
+        # With all that it has started.
+        killer = threading.Timer(max(1, deadline - time.monotonic()), os.killpg, (worker.pid, signal.SIGKILL))
         killer.start()
         for line in worker.stdout:
             if not line.startswith('{"item"'):

@@ -45,7 +45,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(len(labels), len(weight), weight.device.type):
             logits = grad_logits = None  # or the last chunk's would be there until this one's are made
             logits = _product(inputs[chunk], matrix.T)
-            chunk_loss, grad_logits = softmax_loss(logits, labels[chunk], dtype)
+            chunk_loss, grad_logits = softmax_loss(logits, labels[chunk], dtype, needs_hidden or needs_weight)
             loss += chunk_loss
             if needs_hidden:
                 grad_hidden[chunk] = _product(grad_logits, matrix) * factor
@@ -103,18 +103,22 @@ class TiedEmbedding(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------- one chunk, on its device
 
 
-def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed cross entropy of logits, fp32 (C, V), and its gradient by them in `dtype`, (C, V).
+def softmax_loss(
+    logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, needs_gradient: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the summed cross entropy of logits, fp32 (C, V), and its gradient by them in `dtype`, (C, V), or None.
 
     The labels are int64 (C,). The logits are overwritten where PyTorch runs operation by operation; compiled for a GPU
     they are read twice, and the gradient is written once: 18 bytes a logit with the products, where it was 34.
     """
-    if _has_kernels(logits.device):
+    if needs_gradient and _has_kernels(logits.device):
         torch._dynamo.maybe_mark_dynamic(logits, 0)
         torch._dynamo.maybe_mark_dynamic(labels, 0)
         return _compiled_softmax_loss()(logits, labels, dtype)
     log_probs, targets = torch.log_softmax(logits, dim=-1, out=logits), labels[:, None]
     loss = -log_probs.gather(1, targets).sum()
+    if not needs_gradient:
+        return loss, None
     gradient = log_probs.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float))
     return loss, gradient.to(dtype)
 

@@ -205,7 +205,7 @@ class Run:
     def needs(self, strategy: Strategy, num_tokens: int) -> Footprint:
         """Return what a strategy takes here, in rows of so many tokens."""
         here = self.machine
-        num_hosts = self.args.world_size // here.num_devices
+        num_hosts = max(1, self.args.world_size // here.num_devices)
         return footprint(strategy, self.load(num_tokens, here), here.num_devices, num_hosts)
 
 
