@@ -101,17 +101,19 @@ def test_tokens_a_second_are_by_the_time_from_step_to_step_without_evaluations_a
     watching.handler_before = None
     watching.on_train_begin(trainer.args, state, None)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
-    for seconds_of_loading, seconds_of_step, seconds_of_save in ((2, 3, 100), (4, 1, 1000)):
+    for seconds_of_loading, seconds_of_step, what_follows in (
+        (2, 3, watching.on_save),
+        (4, 1, watching.on_evaluate),
+        (3, 2, watching.on_save),
+    ):
         now[0] += seconds_of_loading + seconds_of_step
         trainer.step_loss += 1.0
         watching.num_tokens += 50
         watching.on_step_end(trainer.args, state, control)
-        now[0] += seconds_of_save
-        watching.on_save(trainer.args, state, control)
-        now[0] += seconds_of_save
-        watching.on_evaluate(trainer.args, state, control)
+        now[0] += 1000
+        what_follows(trainer.args, state, control)
     watching.on_train_end(trainer.args, state, control)
-    assert watching.tokens_a_second == 100 / 10
+    assert watching.tokens_a_second == 150 / 15
 
 
 def test_only_skipped_steps_in_a_row_end_a_run(tmp_path):
