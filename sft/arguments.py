@@ -98,9 +98,10 @@ class TrainingArguments(transformers.TrainingArguments):
             self.deepspeed = zero.read_configuration(self.deepspeed, self.offload, self.offload_dir, pins_memory)
         self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
         self.batch_size_is_open = self.per_device_train_batch_size is None
-        self.per_device_train_batch_size = self.per_device_train_batch_size or EXAMPLES_A_BATCH
+        if self.batch_size_is_open:
+            self.per_device_train_batch_size = EXAMPLES_A_BATCH
         self.workers_are_open = self.dataloader_num_workers is None
-        if self.dataloader_num_workers is None:
+        if self.workers_are_open:
             self.dataloader_num_workers = 2 if pins_memory else 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and pins_memory
         if self.accelerator_config is None and self.dataloader_pin_memory:

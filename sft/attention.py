@@ -14,6 +14,7 @@ from functools import cache, cached_property
 import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
@@ -113,8 +114,8 @@ def attend(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = Non
 
 @cache
 def has_flex_attention(device: torch.device) -> bool:
-    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, so no Turing."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_WITH_BLOCKS
+    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, where Triton is."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_WITH_BLOCKS and has_triton()
 
 
 def split(packed: torch.Tensor, rotations: Rotations | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

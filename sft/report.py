@@ -149,9 +149,9 @@ def rate_line(args: TrainingArguments, rows: Sequence | StreamedRows) -> dict[st
     examples *= len(rows.examples) / len(rows)
     as_much = args.learning_rate * math.sqrt(examples / RECIPE_EXAMPLES)
     return {
-        "rate": f"{args.learning_rate:g} moves the weights by as much in every step, however many examples it has; the "
-        f"original's steps had {RECIPE_EXAMPLES}. For {examples:.0f}, its square root rule gives --learning_rate "
-        f"{as_much:.2g}; --per_device_train_batch_size 1 gives small steps, slower"
+        "rate": f"at {args.learning_rate:g} Adam moves the weights about as far in a step of any size; the original's "
+        f"steps had {RECIPE_EXAMPLES} examples. For {examples:.0f} the square root rule gives --learning_rate "
+        f"{as_much:.2g}; --per_device_train_batch_size 1 makes more steps, of fewer examples, and is slower"
     }
 
 

@@ -328,7 +328,10 @@ def test_blocks_are_for_gpus_from_capability_8_on(
     capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
     assert attention.has_flex_attention(torch.device("cuda", 0)) is expected
+    monkeypatch.setattr(attention, "has_triton", lambda: False)  # as on Windows
+    assert attention.has_flex_attention(torch.device("cuda", 1)) is False
     assert attention.has_flex_attention(torch.device("cpu")) is False
 
 

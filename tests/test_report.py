@@ -99,8 +99,8 @@ def test_the_learning_rate_is_explained_where_no_flag_says_how_large_a_step_is(t
     args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=2e-5)
     args.per_device_train_batch_size = 8  # as plan.choose_batch_size finds on a GPU
     line = rate_line(args, rows)["rate"]
-    assert "the original's steps had 8. For 24," in line and "--learning_rate 3.5e-05" in line
-    assert "--per_device_train_batch_size 1 gives small steps" in line
+    assert "the original's steps had 8 examples. For 24 the square root rule gives --learning_rate 3.5e-05;" in line
+    assert "--per_device_train_batch_size 1 makes more steps" in line
     args.per_device_train_batch_size = 1
     assert rate_line(args, rows) == {}
     asked = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
