@@ -173,16 +173,16 @@ class Probe:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage  # held, so that no other tensor takes its place
-            return tensor
+            # Nothing goes back into the graph: it would hold its own outputs, and never be let go of.
 
         input_ids = torch.zeros((1, num_tokens), dtype=torch.long)
         positions = torch.arange(num_tokens)[None]
         autocast = torch.autocast("cpu", self.numbers.autocast or torch.bfloat16, enabled=bool(self.numbers.autocast))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, self._attention():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing), autocast, self._attention():
             output = model(input_ids=input_ids, position_ids=positions).logits
         assert output.shape[1] == num_tokens, output.shape
         return sum(storage.nbytes() for storage in kept.values())

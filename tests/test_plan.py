@@ -1,5 +1,6 @@
 """sft/plan.py, machine.py and footprint.py: what fits, what to type, and runs that are refused or get checkpointing."""
 
+import gc
 import os
 import re
 import shlex
@@ -182,6 +183,14 @@ def test_more_tokens_take_more_and_checkpointing_and_lora_less(shape):
 def test_a_layer_keeps_what_was_counted_under_the_autocast_of_a_gpu(shape, method, by_token):
     # Counted with tensors that claim to be on a GPU: its autocast, unlike the CPU's, norms in fp32.
     assert _kept(Probe(Strategy(method), load_of(shape))).layer_by_token == by_token
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_a_counted_model_is_let_go_of(method):
+    Probe(Strategy(method), load_of("bloom-560m")).count(2, 8)
+    gc.collect()
+    shapes = [tuple(tensor.shape) for tensor in gc.get_objects() if isinstance(tensor, torch.nn.Parameter)]
+    assert (3 * 1024, 1024) not in shapes, "gigabytes of a large model would stay for the whole run"
 
 
 def test_a_gpu_that_attends_by_examples_keeps_the_wider_heads():
