@@ -88,14 +88,11 @@ def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_
     if not has_own_memory(device):
         name = "the CPU" if device is None else f"{device.type} with the host's memory"
         return Machine(num_ranks or 1, host_bytes, host_bytes, is_gpu=False, name=name)
-    properties, number = torch.get_device_module(device).get_device_properties(0), num_ranks or _device_count(device)
+    devices = torch.get_device_module(device)
+    properties, number = devices.get_device_properties(0), num_ranks or devices.device_count()
     capability = torch.cuda.get_device_capability(0) if device.type == "cuda" else (0, 0)
     name = f"{number} x {properties.name}"
     return Machine(number, properties.total_memory, host_bytes, is_gpu=True, name=name, capability=capability)
-
-
-def _device_count(device: torch.device) -> int:
-    return torch.get_device_module(device).device_count()
 
 
 def _size(text: str, given: str, example: str) -> int:
