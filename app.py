@@ -88,7 +88,7 @@ def main() -> None:
             "in the environment"
         )
     # Only now what takes seconds to import, so that a mistake is told at once.
-    from sft.serve import serve
+    from sft.web.server import serve
 
     serve(arguments, names)
 

@@ -28,7 +28,7 @@ demo() {
     echo "== 1/4  the sample rows -> ${output}_data"
     SOURCE=sample ROWS_PER_SET="${ROWS_PER_SET:-20}" OUTPUT_FOLDER="${output}_data" "$PYTHON" -m IPython data_proj/process_data.ipynb
     echo "== 2/4  a small random $family -> ${output}_base"
-    "$PYTHON" -m sft.random_model --shape "$family-demo" --text "${output}_data" --output "${output}_base"
+    "$PYTHON" -m sft.tools.random_model --shape "$family-demo" --text "${output}_data" --output "${output}_base"
     echo "== 3/4  fine-tuning -> $output"
     "$PYTHON" "$here/train_sft.py" \
         --model_name_or_path "${output}_base" \

@@ -27,7 +27,7 @@ if [ -n "${HOSTFILE:-}" ]; then
     launch="-m deepspeed.launcher.runner --hostfile $HOSTFILE --no_local_rank --master_port ${MASTER_PORT:-29500}"
     launch="$launch${NUM_GPUS:+ --num_gpus $NUM_GPUS}${MASTER_ADDR:+ --master_addr $MASTER_ADDR}"
 else
-    launch="-m sft.launch --nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0}${NUM_GPUS:+ --ranks $NUM_GPUS}"
+    launch="-m sft.training.launch --nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0}${NUM_GPUS:+ --ranks $NUM_GPUS}"
     launch="$launch${MASTER_ADDR:+ --master_addr $MASTER_ADDR}${MASTER_PORT:+ --master_port $MASTER_PORT}"
     [ "${DEVICE:-gpu}" != cpu ] || launch="$launch --cpu"
 fi

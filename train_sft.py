@@ -23,19 +23,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sft import arguments, disk, flat_row, lora, plan, precision, report, resume, zero
-from sft.arguments import DataArguments, ModelArguments, TrainingArguments
-from sft.dataset import DataReport, flatten, load_examples
-from sft.lora import LoraArguments
-from sft.model_card import model_card
-from sft.models import load_config, load_model, load_tokenizer, locate
-from sft.packing import PackedDataset
-from sft.plan import PlanArguments
+from sft.data.encode import Encoder, check_length
+from sft.data.load import DataReport, flatten, load_examples
+from sft.data.packing import PackedDataset
+from sft.data.shards import find_shards
+from sft.data.streaming import StreamedRows, first_of
+from sft.model import lora, patch
+from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.lora import LoraArguments
+from sft.plan import plan
+from sft.plan.plan import PlanArguments
 from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
-from sft.shards import find_shards
-from sft.streaming import StreamedRows, first_of
-from sft.tokenise import Encoder, check_length
-from sft.trainer import Trainer
+from sft.training import arguments, disk, precision, resume, summary, zero
+from sft.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from sft.training.model_card import model_card
+from sft.training.trainer import Trainer
 
 Rows = Dataset | PackedDataset | StreamedRows
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -89,9 +91,9 @@ def make_model(
     special_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.config.update(special_tokens)
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
-    flat_row.install(model)
+    patch.install(model)
     if training_args.compile_blocks and not training_args.activation_checkpointing:
-        flat_row.compile_blocks(model)
+        patch.compile_blocks(model)
     return lora.add(model, lora_args, model_args.model_name_or_path, training_args.seed) if lora_args.lora_r else model
 
 
@@ -128,16 +130,16 @@ def make_data(
 
 def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
     """Print and write what became of the rows; raise UserError if too many are refused, or none is left."""
-    notes = Path(training_args.output_dir, report.NOTES)
+    notes = Path(training_args.output_dir, summary.NOTES)
     if training_args.process_index == 0:
         try:
-            report.write_data_report(reports.values(), notes)
+            summary.write_data_report(reports.values(), notes)
         except OSError as error:
             raise OneRankError(
                 f"{notes} cannot be written: {one_line(error)}; free the disk, or give another --output_dir"
             ) from None
         for name, data_report in reports.items():
-            report.print_data(name, data_report)
+            summary.print_data(name, data_report)
     paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
     for name, data_report in reports.items():
         if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
@@ -162,7 +164,7 @@ def stream_rows(
     return StreamedRows(
         files=find_shards(data_args.data_path),
         encoder=Encoder(tokenizer),
-        notes=Path(training_args.output_dir, report.NOTES),
+        notes=Path(training_args.output_dir, summary.NOTES),
         max_bad_fraction=data_args.max_bad_fraction,
         packing=data_args.packing,
         shuffle=training_args.train_sampling_strategy == "random",
@@ -193,7 +195,7 @@ def prepare_run(
     Raises UserError if that one was made with others, or the disk has no room for those to come.
     """
     disk.check_shared(training_args)
-    stage, (num_steps, num_epochs) = zero.stage_of(training_args), report.count_steps(training_args, rows)
+    stage, (num_steps, num_epochs) = zero.stage_of(training_args), summary.count_steps(training_args, rows)
     model_settings = lora.settings_of(lora_args, config)
     settings = resume.settings_of(training_args, rows, stage, model_settings)
     resumed = resume.find(training_args, settings, num_steps)
@@ -209,15 +211,15 @@ def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
     args, model = trainer.args, trainer.model
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
-        "model": report.model_line(model.config, trainer.settings),
-        "examples": f"{report.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
-        "rows": report.rows_line(trainer.train_dataset, args.model_max_length),
-        "steps": report.steps_line(args, trainer.train_dataset),
-        **report.rate_line(args, trainer.train_dataset),
-        "device": report.device_line(args, trainer.is_lora),
+        "model": summary.model_line(model.config, trainer.settings),
+        "examples": f"{summary.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
+        "rows": summary.rows_line(trainer.train_dataset, args.model_max_length),
+        "steps": summary.steps_line(args, trainer.train_dataset),
+        **summary.rate_line(args, trainer.train_dataset),
+        "device": summary.device_line(args, trainer.is_lora),
         "memory": memory,
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
-        "example": report.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
+        "example": summary.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
     }
     for name, text in lines.items():
         print(f"{name:9}{text}", flush=True)
@@ -226,12 +228,12 @@ def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
 def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | StreamedRows) -> None:
     """Write the loss curve and the model card beside the saved model."""
     output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
-    report.plot_losses(history, output_dir / "loss_curve.png")
+    summary.plot_losses(history, output_dir / "loss_curve.png")
     card = model_card(base, data_path, data, trainer)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
-    if logged := report.losses(history):
+    if logged := summary.losses(history):
         steps = trainer.state.global_step
-        saved = " and ".join(report.saved_in(output_dir, trainer.is_lora, trainer.merges_lora))
+        saved = " and ".join(summary.saved_in(output_dir, trainer.is_lora, trainer.merges_lora))
         print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {steps:,} steps; saved in {saved}")
 
 
@@ -258,7 +260,7 @@ def main() -> None:
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:
             return
-        memory = plan.prepare(run, report.longest_row(training_args, train_dataset))
+        memory = plan.prepare(run, summary.longest_row(training_args, train_dataset))
         settings, resumed = prepare_run(training_args, lora_args, config, train_dataset)
         training_args.eval_on_start = eval_dataset is not None and resumed is None  # the model card says both losses
         zero.size_buffers(training_args, config)
@@ -276,7 +278,7 @@ def main() -> None:
         )
         if trainer.is_world_process_zero():
             print_header(trainer, resumed, memory)
-        trainer.train_to_the_end(resumed, report.count_steps(training_args, train_dataset)[0])
+        trainer.train_to_the_end(resumed, summary.count_steps(training_args, train_dataset)[0])
         trainer.save_result()
         if trainer.is_world_process_zero():
             describe(trainer, model_args.model_name_or_path, data_args.data_path, reports.get("data", train_dataset))

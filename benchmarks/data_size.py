@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from benchmarks import measure
 from benchmarks.tokenise import make_tokenizer, write_rows
-from sft.dataset import load_examples
-from sft.models import load_tokenizer
-from sft.packing import PackedDataset
+from sft.data.load import load_examples
+from sft.data.packing import PackedDataset
+from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, run_program
 
 

@@ -20,14 +20,14 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from benchmarks import measure
-from sft.loss import IGNORE_INDEX
-from sft.models import load_config, load_model, load_tokenizer, locate
+from sft import IGNORE_INDEX
+from sft.data.encode import encode_rows
+from sft.data.formats import read_rows
+from sft.data.shards import find_shards
+from sft.model.int8 import quantize, weights_in_bytes
+from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program
-from sft.quantize import quantize, weights_in_bytes
-from sft.random_model import SHAPES, build_model
-from sft.rows import read_rows
-from sft.shards import find_shards
-from sft.tokenise import encode_rows
+from sft.tools.random_model import SHAPES, build_model
 
 WAYS = {"fp32": "stock fp32", "bf16": "stock bf16", "int8": "`--quantize int8`"}
 MAX_LENGTH = 2048

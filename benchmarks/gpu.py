@@ -30,8 +30,8 @@ import torch
 from benchmarks import gpu_kernels, gpu_runs, measure
 from benchmarks.measure import Given
 from sft import machine
+from sft.data.shards import find_shards
 from sft.program import ArgumentParser, run_program
-from sft.shards import find_shards
 
 PARTS = {
     1: ["machine", "attention_exact", "loss_exact", "train", "speed", "profiled", "loss_speed", "attention_speed"],

@@ -13,10 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import measure
 from benchmarks.measure import Given
-from sft import attention
-from sft.attention import FlatRow, Rotations, split
-from sft.loss import next_token_loss
-from sft.random_model import SHAPES
+from sft.model import attention
+from sft.model.attention import FlatRow, Rotations, split
+from sft.model.loss import next_token_loss
+from sft.tools.random_model import SHAPES
 
 Figures = tuple[str, dict]
 ATTENTIONS = ("bloom-560m", "bloom-3b", "bloom-7b1", "falcon-7b")  # heads of 64, 80 and 128, and 71 to one of 64

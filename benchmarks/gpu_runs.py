@@ -20,16 +20,17 @@ from benchmarks import measure, throughput
 from benchmarks.gpu_kernels import Figures
 from benchmarks.measure import Given
 from benchmarks.throughput import WAYS, make_tokenizer, make_trainer, measure_way, model_flops
-from sft import flat_row, lora, precision
-from sft.arguments import TrainingArguments
-from sft.chat import ChatModel
-from sft.dataset import flatten, load_examples
-from sft.footprint import Load, Strategy, footprint
-from sft.lora import LoraArguments
-from sft.packing import PackedDataset
-from sft.random_model import SHAPES, build_model
-from sft.reply import Sampling
-from sft.trainer import Trainer
+from sft.chat.model import ChatModel
+from sft.chat.reply import Sampling
+from sft.data.load import flatten, load_examples
+from sft.data.packing import PackedDataset
+from sft.model import lora, patch
+from sft.model.lora import LoraArguments
+from sft.plan.memory import Load, Strategy, footprint
+from sft.tools.random_model import SHAPES, build_model
+from sft.training import precision
+from sft.training.arguments import TrainingArguments
+from sft.training.trainer import Trainer
 
 PROJECT = Path(__file__).parent.parent
 LORA = LoraArguments(lora_r=16)
@@ -137,7 +138,7 @@ def zero(given: Given) -> Iterator[Figures]:
 def zero_run(given: Given, shape: str, config: object, offload: str, ranks: int) -> dict:
     """Return the seconds, tokens/s and loss of ten steps under DeepSpeed, or why they failed."""
     on_cpu = given.device.type == "cpu"
-    launch = ("-m", "sft.launch", "--ranks", str(ranks), *(["--cpu"] if on_cpu else []), "train_sft.py")
+    launch = ("-m", "sft.training.launch", "--ranks", str(ranks), *(["--cpu"] if on_cpu else []), "train_sft.py")
     environment = {"DS_ACCELERATOR": "cpu"} if on_cpu else {}
     flags = ["--deepspeed", config, "--offload", offload, "--max_steps", 10, "--save_strategy", "no"]
     output = f"zero_{Path(config).stem}_{offload}_{ranks}"
@@ -287,7 +288,7 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
     dtype = precision.compute_dtype(args)
     with given.device:
         model = build_model(shape).to(torch.float32 if strategy.method == "full" else dtype)
-    flat_row.install(model)
+    patch.install(model)
     if strategy.method != "full":
         model = lora.add(model, LORA, "", 0)
     packed = PackedDataset(load_examples(given.data, tokenizer)[0], options.max_length)

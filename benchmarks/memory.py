@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from sft import flat_row
-from sft.loss import IGNORE_INDEX
+from sft import IGNORE_INDEX
+from sft.model import patch
 from sft.program import ArgumentParser, run_program
-from sft.random_model import SHAPES, build_model
+from sft.tools.random_model import SHAPES, build_model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 WAYS = {"stock": "stock forward and loss", "ours": "this project"}
@@ -33,7 +33,7 @@ def measure_point(way: str, shape: str, length: int) -> dict:
     labels = input_ids.masked_fill(position_ids < length // 2, IGNORE_INDEX)
     inputs = {"input_ids": input_ids, "labels": labels}
     if way == "ours":
-        flat_row.install(model)
+        patch.install(model)
         inputs["position_ids"] = position_ids
     limit = measure.limit_memory()
     measure.reset_peak_memory()

@@ -23,12 +23,12 @@ import torch
 from transformers import PretrainedConfig
 
 from benchmarks import measure
-from sft.footprint import Footprint, Load, Strategy, footprint
-from sft.lora import LoraArguments
 from sft.machine import GIB, Machine
-from sft.plan import choose, fits, name_of, options
+from sft.model.lora import LoraArguments
+from sft.plan.memory import Footprint, Load, Strategy, footprint
+from sft.plan.plan import choose, fits, name_of, options
 from sft.program import ArgumentParser, run_program
-from sft.random_model import SHAPES, bloom, read_texts
+from sft.tools.random_model import SHAPES, bloom, read_texts
 
 MODELS = {name: SHAPES[name] for name in ("bloom-560m", "bloom-1b1", "bloom-1b7", "bloom-3b", "bloom-7b1")}
 MODELS["bloom-13b"] = bloom(5120, 36, 40)  # no release; a shape that people ask for
@@ -149,7 +149,9 @@ def peak_of(command: list[str]) -> int:
 
 def measure_point(folder: str, data: str, num_tokens: int, point: Point, scratch: Path) -> int:
     """Return the bytes that a real run takes of its process above what is there before the model."""
-    launch = [sys.executable] if point.ranks == 1 else [sys.executable, "-m", "sft.launch", "--cpu", "--ranks", "2"]
+    launch = (
+        [sys.executable] if point.ranks == 1 else [sys.executable, "-m", "sft.training.launch", "--cpu", "--ranks", "2"]
+    )
     flags = (
         f"--model_name_or_path {folder} --data_path {data} --output_dir {scratch / 'out'} --packing True --use_cpu True"
     )
@@ -175,7 +177,7 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
             folder = str(Path(scratch, "base"))
             data = write_rows(Path(scratch, "rows.json"), num_tokens)
             arguments = ["--shape", shape, "--text", SAMPLE, "--output", folder]
-            subprocess.run([sys.executable, "-m", "sft.random_model", *arguments], check=True)
+            subprocess.run([sys.executable, "-m", "sft.tools.random_model", *arguments], check=True)
             for way in ways:
                 point = WAYS[way]
                 load = load_of(SHAPES[shape], num_tokens, torch.bfloat16 if point.bf16 else torch.float32, is_gpu=False)

@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from benchmarks import measure
-from sft import flat_row
-from sft.dataset import flatten, labels_of, load_examples
-from sft.loss import IGNORE_INDEX
-from sft.models import load_tokenizer
-from sft.packing import PackedDataset
+from sft import IGNORE_INDEX
+from sft.data.load import flatten, labels_of, load_examples
+from sft.data.packing import PackedDataset
+from sft.data.shards import find_shards
+from sft.model import patch
+from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
-from sft.random_model import SHAPES, build_model, read_texts, train_tokenizer
-from sft.shards import find_shards
+from sft.tools.random_model import SHAPES, build_model, read_texts, train_tokenizer
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # as base_run.sh and ds_all.sh set it
 MOST_WARMUP = 20  # steps more, where kernels are still being compiled
@@ -172,9 +172,9 @@ def make_trainer(
     rows = PackedDataset(examples, options.max_length) if way.packed else examples
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
     if way.ours:
-        flat_row.install(model)
+        patch.install(model)
     if way.ours and options.compile_blocks:
-        flat_row.compile_blocks(model)
+        patch.compile_blocks(model)
     collate = flatten if way.ours or way.packed else pad
     arguments = TrainingArguments(**settings, remove_unused_columns=False)
     if not way.packed:
@@ -210,11 +210,11 @@ def measure_way(name: str, options: argparse.Namespace) -> dict:
     tokenizer = make_tokenizer(options)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = build_model(options.shape)
-    leak = flat_row.measure_leak(model)[1] if way.packed and not way.ours else None
+    leak = patch.measure_leak(model)[1] if way.packed and not way.ours else None
     set_seed(0)
     trainer = make_trainer(way, model, tokenizer, options)
     if way.packed and way.ours:
-        leak = flat_row.measure_leak(model)[1]
+        leak = patch.measure_leak(model)[1]
     return {**metered(trainer, options), "leak": leak}
 
 

@@ -21,14 +21,13 @@ from datasets import disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import measure
-from sft import store
-from sft.loss import IGNORE_INDEX
-from sft.models import load_tokenizer
+from sft import IGNORE_INDEX
+from sft.data.formats import Row, read_all
+from sft.data.shards import find_shards
+from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import build_prompt
-from sft.random_model import read_texts, train_tokenizer
-from sft.rows import Row, read_all
-from sft.shards import find_shards
+from sft.tools.random_model import read_texts, train_tokenizer
 
 CLAUSE = re.compile(r"[^。，！？；：\n]+[。，！？；：\n]*")
 
@@ -105,7 +104,7 @@ def measure_way(name: str, folder: Path, options: argparse.Namespace) -> dict[st
         if name == "original":
             tokenise_as_the_original(rows, tokenizer, cache, options.processes)
         else:
-            store.tokenised([rows], tokenizer, cache, options.processes)
+            cache.tokenised([rows], tokenizer, cache, options.processes)
         return {"seconds": time.perf_counter() - start}
 
 

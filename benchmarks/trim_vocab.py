@@ -2,8 +2,9 @@
 
     python -m benchmarks.trim_vocab --shape bloom-560m --rounds 2
 
-The same randomly initialised model trains on the same packed rows whole and after `sft.trim_vocab.trim_model`, each in
-a process of its own, in turn. The rows are written in the tokens that both have.
+The same randomly initialised model trains on the same packed rows whole and after
+`sft.tools.trim_vocab.trim_model`, each in a process of its own, in turn. The rows are written in
+the tokens that both have.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from transformers import set_seed
 
 from benchmarks import measure
 from benchmarks.throughput import HUGE_PAGES, WAYS, make_tokenizer, make_trainer, merge, metered
+from sft.data.shards import find_shards
 from sft.program import ArgumentParser, UserError, run_program
-from sft.random_model import SHAPES, build_model
-from sft.shards import find_shards
-from sft.trim_vocab import trim_model
+from sft.tools.random_model import SHAPES, build_model
+from sft.tools.trim_vocab import trim_model
 
 # What LLMPruner keeps of BLOOM's 250,880 tokens for Chinese is 46,145; here the next multiple of 64.
 CHINESE_TOKENS = 46_208

@@ -1,1 +1,11 @@
-"""What more than one of the scripts and notebooks needs; each module is one noun."""
+"""The library behind the scripts: seven rooms over a ground floor, imports running one way.
+
+    program  prompts  machine                   the ground floor: how programs end, the prompt's text, the hardware
+    data     model                              from files to token ids; from token ids to loss and gradients
+    training chat                               a run from its flags to its result; a checkpoint that answers
+    plan     web     tools                      what fits which card; the chat page; commands on model folders
+
+A room may import those above it in this list, never one beside it.
+"""
+
+IGNORE_INDEX = -100  # the label of a token that is not trained; PyTorch's and transformers' own

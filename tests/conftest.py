@@ -6,21 +6,16 @@ No test needs a network or a GPU. Each worker keeps its models and caches in its
 import json
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parent.parent
-SAMPLE = PROJECT / "data_proj" / "sample"
-TINY_SHAPES = ["bloom-tiny", "bloom-tiny-6-heads", "falcon-tiny", "falcon-tiny-40b", "falcon-tiny-rw"]
+from support.project import PROJECT, SAMPLE, run_as_program
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(PROJECT))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that gives the folder of a random model of a shape, made once and not to be changed."""
-    from sft.random_model import read_texts, save_random_model
+    from sft.tools.random_model import read_texts, save_random_model
 
     folders: dict[str, Path] = {}
 
@@ -71,24 +66,6 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run_as_program(arguments: list[str], output: str, errors: str) -> None:
-    """Run a script in this process, a fork that has imported what it needs, and exit with its exit code."""
-    for name, stream in ((output, 1), (errors, 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, encoding="utf-8") for stream in (1, 2))
-    os.chdir(PROJECT)
-    sys.argv, code = arguments, 0
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-
-
 @pytest.fixture(scope="session")
 def run_forked(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """Return a function that runs `python train_sft.py ARGUMENTS` without the five seconds of its imports.
@@ -96,7 +73,7 @@ def run_forked(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     Each run is a process of its own, forked from one that has only imported the script.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_sft", "conftest"])
+    context.set_forkserver_preload(["train_sft", "support.project"])
     os.environ["HF_DATASETS_CACHE"] = str(cache_dir)  # read while importing
     folder = tmp_path_factory.mktemp("printed")
 

@@ -1,4 +1,4 @@
-"""sft/program.py: every end of a program is an exit code and at most one line."""
+"""Every end of a program is an exit code and at most one line."""
 
 import ctypes
 import logging
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT
 
 from sft.program import (
     ArgumentParser,
@@ -23,6 +22,7 @@ from sft.program import (
     one_line,
     run_program,
 )
+from support.project import PROJECT
 
 CPU_LINE = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
 

@@ -1,4 +1,4 @@
-"""sft/prompts.py: the templates' text, conversations, and the chat template that says the same in Jinja."""
+"""The templates' text, conversations, and the chat template that says the same in Jinja."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sft.models import load_tokenizer
+from sft.model.load import load_tokenizer
 from sft.prompts import body_spans, build_chat_prompt, build_prompt, chat_template
 
 NASTY = [

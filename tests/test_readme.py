@@ -8,7 +8,8 @@ import sys
 from itertools import zip_longest
 
 import pytest
-from conftest import PROJECT, SAMPLE
+
+from support.project import PROJECT, SAMPLE
 
 READMES = ["README.md", "README_zh.md"]
 NOT_OURS = ("output_dir", "data_proj/opendata", "my_rows", ".venv", "bigscience/", "tiiuae/", "/path/to", "alpaca_zh")
@@ -98,7 +99,7 @@ def test_the_sample_has_as_many_rows_as_the_page_says():
 
 
 def test_belle_rows_become_rows_as_the_page_says(tmp_path):
-    from sft.rows import read_rows
+    from sft.data.formats import read_rows
 
     seed = {"id": "seed_task_8", "instruction": "写诗", "instances": [{"input": "夏天", "output": "鹿葱。"}]}
     asked = [{"question": "一？", "std_answer": "1", "class": "math"}, {"question": "二？", "std_answer": " "}]

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from conftest import SAMPLE
+
+from support.project import SAMPLE
 
 NAMES = [
     "Belle_open_source_0.5M",

@@ -1,0 +1,139 @@
+"""A checkpoint that answers: one reply as a stream, or several in one batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft import machine
+from sft.chat.reply import GREEDY, Reply, Sampling
+from sft.data.encode import Encoder
+from sft.data.formats import Row
+from sft.model.int8 import quantize
+from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
+from sft.program import UserError, one_line
+from sft.prompts import split_system
+from sft.training import precision
+
+# What a model is taken to read at once where neither tokenizer nor config tells.
+USUAL_LENGTH = 2048
+QUANTIZATIONS = ("none", "int8")
+
+
+class ChatModel:
+    """A checkpoint ready to answer, on the GPU where there is one."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Take a model with its weights where they shall compute, and its tokenizer."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        # Decoder-only models go on from the last position, which padding on the right would fill.
+        self.tokenizer.padding_side = "left"
+        if tokenizer.model_max_length > 1e9:  # transformers' word for unknown
+            tokenizer.model_max_length = context_length(model.config)
+        self.encoder = Encoder(tokenizer)
+        self.weights = str(model.dtype).removeprefix("torch.")
+
+    @classmethod
+    def load(
+        cls, checkpoint: str, device: str = "auto", dtype: str = "auto", quantization: str = "none"
+    ) -> "ChatModel":
+        """Load a folder, a hub id, or the folder of a LoRA adapter with the base model that it names.
+
+        The weights are bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; or `dtype`, a name
+        such as "float32". With the quantization "int8" the weights are 8-bit integers, on a CPU. Raises UserError if
+        there is no such checkpoint, no such device, or it cannot be quantized there.
+        """
+        device = choose_device(device)
+        chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
+        if quantization == "int8":
+            chosen = torch.float32
+        checkpoint = locate(checkpoint)
+        if (adapter := load_adapter(checkpoint, chosen)) is not None:
+            model, tokenizer = adapter
+        else:
+            load_config(checkpoint)
+            model, tokenizer = load_model(checkpoint, chosen), load_tokenizer(checkpoint)
+        if quantization != "int8":
+            return cls(model.to(device), tokenizer)
+        chat = cls(quantize(model.to(device)), tokenizer)
+        chat.weights = "int8"
+        return chat
+
+    def __str__(self) -> str:
+        return f"{self.model.config.model_type}, {self.weights}, {self.model.device.type}"
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = GREEDY, **extra) -> torch.Tensor:
+        """Return the new token ids after each prompt, int64 (number of prompts, new tokens), eos and pad included."""
+        ids = [self.tokenizer(each).input_ids if isinstance(each, str) else list(each) for each in prompts]
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                generation_config=sampling.generation_config(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id),
+                logits_processor=sampling.processors(self.model.device),
+                **extra,
+            )
+        return output[:, inputs.input_ids.shape[1] :]
+
+    def answer(self, prompts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
+        """Return the answers to several prompts, generated in one batch padded on the left."""
+        return self.tokenizer.batch_decode(self.generate(prompts, sampling), skip_special_tokens=True)
+
+    def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:
+        """Return the answer to a prompt as a reply that grows while it is iterated."""
+        return Reply(self, prompt, sampling)
+
+    def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> Reply:
+        """Return the reply to a conversation of {"role", "content"} messages, the user's last.
+
+        Where the conversation and an answer of the longest length do not fit, the oldest turns are left out, and then
+        the beginning of the question, as in training. Raises ValueError if the roles do not alternate.
+        """
+        system, turns = split_system(messages)
+        contents = [turn["content"] for turn in turns]
+        history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
+        row = Row(contents[-1], "", "", "", history, system)
+        # An answer may ask for no more than half of what the model reads at once, so that it has something to read.
+        room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
+        prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
+        longest = max(1, min(sampling.max_new_tokens, self.encoder.max_length - len(prompt)))
+        return Reply(self, prompt, replace(sampling, max_new_tokens=longest), turns_left_out, tokens_left_out)
+
+
+def choose_device(device: str) -> str:
+    """Return the device of "auto", or the one given; raise UserError if it is not there or has no kernels."""
+    if device == "auto":
+        device = (machine.accelerator() or torch.device("cpu")).type
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or see nvidia-smi")
+        machine.check_kernels("--device cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}; expected auto, cpu, cuda or cuda:0") from None
+    return device
+
+
+def choose_dtype(device: str) -> torch.dtype:
+    """Return the type of weights that a device computes fastest without an overflow."""
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        # On a processor without instructions for bf16 every product would be converted.
+        return torch.bfloat16 if has_bf16_instructions() else torch.float32
+    bf16, fp16 = precision.choose(kind)
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def has_bf16_instructions() -> bool:
+    """Tell whether this processor multiplies bf16 by itself."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return how many tokens a model reads at once, as its config tells."""
+    names = ("max_position_embeddings", "seq_length", "n_positions")  # Falcon's, BLOOM's, and GPT-2's
+    found = [length for name in names if isinstance(length := getattr(config, name, None), int) and length > 0]
+    return found[0] if found else USUAL_LENGTH

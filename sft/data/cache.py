@@ -1,0 +1,291 @@
+"""Tokenised rows on the disk: made once a host by every core, as one Arrow file in bounded memory, and found again.
+
+A row of the file is one instruction row, or as many turns of one conversation as fit into a row of tokens: "input_ids"
+of its examples end to end, and "lengths", the tokens of each example's prompt and answer by turns.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sft import prompts
+from sft.data import encode, formats, json_stream, shards
+from sft.data.encode import Encoder, Example
+from sft.data.formats import Row, Shape
+from sft.data.shards import Block, Refused
+from sft.data.workers import KilledWorkerError, workers
+from sft.program import UserError, one_line
+
+ROWS, NOTES, COUNTS = "rows.arrow", "notes.jsonl", "counts.json"
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "lengths": pa.list_(pa.int32()),
+        "length": pa.int32(),  # tokens of the row
+        "labelled": pa.int32(),  # those of them that are trained
+        "file": pa.int32(),  # the shard, in the order of `find_shards`
+        "row": pa.int64(),  # its line or index in the shard
+        "digest": pa.binary(16),  # equal for rows of equal text
+    }
+)
+ALONE_BYTES = 2 * 2**20  # shards that are tokenised sooner than processes start
+
+
+@dataclass
+class Counts:
+    """What was read: `rows` = `kept` + `refused`, `cut` of those kept; bytes of all shards, and of what broke off."""
+
+    rows: int = 0
+    kept: int = 0
+    refused: int = 0
+    cut: int = 0
+    conversations: int = 0  # those kept that have several replies
+    num_bytes: int = 0
+    unread_bytes: int = 0
+    files: list[dict[str, str]] = field(default_factory=list)  # "file", "form", "encoding" and "shape" of each
+
+
+@dataclass
+class Encoded:
+    """A block, tokenised: a record batch, what is noted of its rows, and how many they are."""
+
+    batch: pa.RecordBatch
+    notes: list[dict[str, str]]
+    num_rows: int
+    num_refused: int
+    num_conversations: int
+    unread_bytes: int
+
+
+def tokenised(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | None = None,
+    num_workers: int | None = None,
+) -> Path:
+    """Return the folder of the tokenised rows of `files` under `cache_dir`; make it if it is not there.
+
+    It is found by files, tokenizer, length and this code. Processes that start together wait for the one that makes
+    it, under another name, so that a killed one leaves nothing that would be taken for whole.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "tokenised", fingerprint(files, tokenizer))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.exists():
+                unfinished = folder.with_suffix(".unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                before = state_of(files)
+                write(unfinished, files, Encoder(tokenizer), num_workers or num_cores())
+                if state_of(files) != before:
+                    raise UserError("a file changed while it was tokenised; start again when nothing writes to it")
+                for file in unfinished.iterdir():
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
+                unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"tokenised rows cannot be kept in {folder.parent}: {one_line(error)}; give a --cache_dir with room, "
+            "or --streaming True, which keeps none"
+        ) from None
+    return folder
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _locked(path: Path) -> FileLock:
+    """Return a lock, taken; say so once if another process has to be waited for."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("waiting for another process that tokenises the same rows", flush=True)
+        return lock.acquire()
+
+
+def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 32 hexadecimal digits that change with the files' state, the tokenizer and the code that reads them."""
+    hashed = hashlib.sha256(state_of(files).encode(errors="backslashreplace"))
+    for module in (
+        __file__,
+        json_stream.__file__,
+        prompts.__file__,
+        formats.__file__,
+        shards.__file__,
+        encode.__file__,
+    ):
+        hashed.update(Path(module).read_bytes())
+    hashed.update(tokenizer.backend_tokenizer.to_str().encode())
+    hashed.update(f"{tokenizer.eos_token_id} {tokenizer.model_max_length}".encode())
+    return hashed.hexdigest()[:32]
+
+
+def state_of(files: Sequence[Path]) -> str:
+    """Return a text that changes whenever one of the files is written to."""
+    lines = []
+    for file in files:
+        try:
+            state = file.stat()
+            lines.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}")
+        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or in a circle
+            lines.append(f"{file} {error}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: int) -> None:
+    """Tokenise `files` by so many processes and write rows, notes and counts into `folder`, in the files' order."""
+    sizes = list(map(shards.size_of, files))
+    counts = Counts(num_bytes=sum(sizes))
+    alone = num_workers < 2 or counts.num_bytes < ALONE_BYTES
+    encoded = _encode_here(files, encoder, counts) if alone else _encode_apart(files, encoder, counts, num_workers)
+    before = [0, *accumulate(sizes)]
+    bar = tqdm(desc="tokenising", total=counts.num_bytes, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
+    with (
+        bar,
+        pa.OSFile(str(folder / ROWS), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as stream,
+        (folder / NOTES).open("w", encoding="utf-8") as notes,
+    ):
+        for number, position, block in encoded:
+            if block.batch.num_rows:
+                stream.write_batch(block.batch)
+            counts.rows += block.num_rows
+            counts.refused += block.num_refused
+            counts.conversations += block.num_conversations
+            counts.unread_bytes += block.unread_bytes
+            for note in block.notes:
+                counts.cut += note["note"].startswith("cut")
+                notes.write(json.dumps(note, ensure_ascii=False) + "\n")
+            bar.update(before[number] + position - bar.n)
+    counts.kept = counts.rows - counts.refused
+    # In ASCII, since a file's name need not be UTF-8.
+    (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+
+
+def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block, Shape | None]]:
+    """Yield every block of all files with its file's number and shape, which the first rows tell; note the files."""
+    for number, file in enumerate(files):
+        shape, noted = None, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
+        counts.files.append(noted)
+        for block in shards.read_blocks(file):
+            if shape is None:  # the first block may hold no row
+                shape = formats.find_shape(block)
+                noted |= {"form": block.form, "encoding": block.encoding, "shape": shape.name if shape else "unknown"}
+            yield number, block, shape
+
+
+def _encode_here(files: Sequence[Path], encoder: Encoder, counts: Counts) -> Iterator[tuple[int, int, Encoded]]:
+    for number, block, shape in _blocks(files, counts):
+        yield number, block.position, encode_block(encoder, number, block, shape)
+
+
+def _encode_apart(
+    files: Sequence[Path], encoder: Encoder, counts: Counts, num_workers: int
+) -> Iterator[tuple[int, int, Encoded]]:
+    """Encode blocks in worker processes, a few blocks ahead of what is written, and yield them in their order."""
+    waiting: deque[tuple[int, Block, Shape | None, Future]] = deque()
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core's
+    try:
+        with workers(num_workers, encode_block, encoder) as submit:
+            for number, block, shape in _blocks(files, counts):
+                waiting.append((number, block, shape, submit(number, block, shape)))
+                if len(waiting) > 2 * num_workers:
+                    yield _result(encoder, *waiting.popleft())
+            while waiting:
+                yield _result(encoder, *waiting.popleft())
+    except KilledWorkerError:
+        raise UserError(
+            f"one of {num_workers} tokenising processes was killed, most often because memory ran out; give fewer with "
+            "--preprocessing_num_workers"
+        ) from None
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if parallelism is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+def _result(
+    encoder: Encoder, number: int, block: Block, shape: Shape | None, future: Future
+) -> tuple[int, int, Encoded]:
+    try:
+        return number, block.position, future.result()
+    except RecursionError:  # values so deep that no other process can be sent them
+        return number, block.position, encode_block(encoder, number, block, shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the collector of reference cycles: it would go through all of torch again and again, half of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collector()
+def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None) -> Encoded:
+    """Tokenise a block of shard number `file`, whose rows have `shape`."""
+    found = list(formats.rows_of(block, shape))
+    kept = [(number, row) for number, row in found if isinstance(row, Row)]
+    refused = [(number, row) for number, row in found if isinstance(row, Refused)]
+    notes = [(number, {"place": row.place, "note": f"refused: {row.reason}"}) for number, row in refused]
+    records = []
+    for (number, row), examples in zip(kept, encoder.encode([row for _, row in kept]), strict=True):
+        records += _records(row, examples, encoder.max_length, file, number)
+        if cut := dict.fromkeys(filter(None, (row.note, *(example.note for example in examples)))):
+            notes.append((number, {"place": row.place, "note": "; ".join(cut)}))
+    columns = {name: [record[name] for record in records] for name in SCHEMA.names}
+    return Encoded(
+        batch=pa.record_batch(columns, schema=SCHEMA),
+        notes=[note for _, note in sorted(notes, key=lambda numbered: numbered[0])],
+        num_rows=len(found),
+        num_refused=len(refused),
+        num_conversations=sum(bool(row.history) for _, row in kept),
+        unread_bytes=sum(row.num_bytes for _, row in refused),
+    )
+
+
+def _records(row: Row, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
+    """Yield the rows of the Arrow file that a row is: one, or more if its examples together are too long."""
+    text = json.dumps([row.system, row.history, row.instruction, row.input, row.output], ensure_ascii=False)
+    for part, together in enumerate(encode.group(examples, max_length)):
+        lengths = [len(ids) for example in together for ids in (example.prompt, example.answer)]
+        yield {
+            "input_ids": list(chain.from_iterable(ids for each in together for ids in (each.prompt, each.answer))),
+            "lengths": lengths,
+            "length": sum(lengths),
+            "labelled": sum(lengths[1::2]),
+            "file": file,
+            "row": number,
+            "digest": hashlib.blake2b(f"{part} {text}".encode(), digest_size=16).digest(),
+        }

@@ -1,0 +1,283 @@
+"""Rows to token ids: prompt and answer apart, each text once, the template's own text once for all rows."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sft import IGNORE_INDEX, prompts
+from sft.data.formats import Row
+from sft.program import UserError
+
+try:
+    import fastokens
+except ImportError:  # no build for this machine
+    fastokens = None
+
+# What a user's text may begin and end with, of every kind that pre-tokenizers tell apart.
+PROBES = (*"aZ7你é😀#:。？,_\n \t\u3000\u0301\0", "'s", "\r\n")
+JOINS_MERGE = 2  # tokens at most that two texts of a conversation may lose where they meet
+
+
+@dataclass(slots=True)
+class Example:
+    """The token ids of a prompt and of its answer, eos included unless it was cut; `note` says what was cut."""
+
+    prompt: list[int]
+    answer: list[int]
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if `tokenizer.model_max_length` has no room for an answer behind the empty prompt."""
+    template = len(tokenizer(prompts.build_prompt("-", "-"), verbose=False).input_ids)
+    if tokenizer.model_max_length < template + 2:
+        raise UserError(
+            f"--model_max_length {tokenizer.model_max_length} is too short: the prompt's own text is {template} "
+            f"tokens and an answer needs at least 2 more; give at least {template + 2}"
+        )
+
+
+class Encoder:
+    """Tokenises rows as `tokenizer` does, each reply behind the prompt that the chat would ask for it with.
+
+    Prompt and answer are tokenised apart: an inference prompt has no answer behind it, and BLOOM's pre-tokenizer
+    would otherwise merge ":" with the answer's first characters into tokens that inference never sees.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        """Take a fast tokenizer with an eos token and a `model_max_length`."""
+        self.tokenizer = tokenizer
+        self.max_length = tokenizer.model_max_length
+        self.eos = tokenizer.eos_token_id
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.faster = faster_backend(tokenizer)
+        self.template_ids: dict[str, list[int]] = {}
+        if cuts_at_the_template(tokenizer):
+            both = (*prompts.split_prompt("")[::2], *prompts.split_prompt("", "-")[::2])
+            self.template_ids = {text: self.backend.encode(text, add_special_tokens=False).ids for text in both}
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
+        """Return the examples of each row, one for each of its replies, each of at most `max_length` tokens."""
+        turns, owners = [], []
+        firsts = self._first_turns(rows)
+        for number, row in enumerate(rows):
+            for last, first in enumerate(firsts[number]):
+                turns.append(_turn(row, first, last))
+                owners.append((number, first, last))
+        all_prompts = self._encode_prompts(turns)
+        answers = self._encode_texts([answer for _, _, answer in turns])
+        examples: list[list[Example]] = [[] for _ in rows]
+        for (number, first, last), prompt, answer in zip(owners, all_prompts, answers, strict=True):
+            answer.append(self.eos)
+            fits = len(prompt) + len(answer) <= self.max_length
+            row = rows[number]
+            example = Example(prompt, answer) if fits else self._shorten(row, first, last, answer)
+            if first and fits:
+                example.note = _turns_note(first, last)
+            examples[number].append(example)
+        return examples
+
+    def __reduce__(self) -> tuple:
+        """Let another process make its own, where it is not a copy of this one."""
+        return Encoder, (self.tokenizer,)
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        if self.faster is None or not texts:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids, ends = self.faster.encode_batch_flat(texts, add_special_tokens=False)
+        ids, ends = (np.frombuffer(buffer, dtype).tolist() for buffer, dtype in ((ids, np.uint32), (ends, np.uint64)))
+        encoded = [ids[start:end] for start, end in pairwise(ends)]
+        own = self.backend.encode(texts[0], add_special_tokens=False).ids
+        assert encoded[0] == own, f"fastokens and tokenizers differ on {texts[0]!r}: {encoded[0]}, {own}"
+        return encoded
+
+    def _encode_prompts(self, turns: Sequence[tuple[str, str, str]]) -> list[list[int]]:
+        """Return the ids of each turn's prompt; only the user's text is tokenised where that is exact."""
+        if not self.template_ids:
+            texts = [prompts.build_prompt(instruction, input) for instruction, input, _ in turns]
+            return self.tokenizer(texts, verbose=False).input_ids if texts else []
+        parts = [prompts.split_prompt(instruction, input) for instruction, input, _ in turns]
+        own = iter(self._encode_texts([text for each in parts for text in each[1::2]]))
+        encoded = []
+        for each in parts:
+            ids = list(self.template_ids[each[0]])
+            for text in each[2::2]:
+                ids += next(own)
+                ids += self.template_ids[text]
+            encoded.append(ids)
+        return encoded
+
+    def _first_turns(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return for each row and each of its replies the first turn of the history that may fit before it.
+
+        Texts are counted apart, so that a conversation of a thousand turns is not tokenised a thousand times whole.
+        """
+        with_history = [row for row in rows if row.history]
+        texts = [prompts.write_turn(turn) for row in with_history for turn in row.history]
+        lengths = iter(map(len, self._encode_texts(texts)))
+        firsts = []
+        for row in rows:
+            ends = [0, *accumulate(max(0, next(lengths) - JOINS_MERGE) for _ in row.history)]
+            first, own = 0, []
+            for end in ends:
+                while end - ends[first] > self.max_length:
+                    first += 1
+                own.append(first)
+            firsts.append(own)
+        return firsts
+
+    def encode_prompt(self, row: Row, num_new_tokens: int) -> tuple[list[int], int, int]:
+        """Return the prompt for a reply of `num_new_tokens` to a row's last question, shortened as in training.
+
+        With it come the number of oldest turns and the number of the question's tokens that are left out of it.
+        """
+        last = len(row.history)
+        room = [self.eos] * num_new_tokens
+        first = self._first_fitting(row, self._first_turns([row])[0][last], last, room)
+        if first <= last:
+            [prompt] = self._encode_prompts([_turn(row, first, last)])
+            return prompt, first, 0
+        whole = self._encode_prompts([_turn(row, last, last)])[0]
+        prompt = self._shorten(row, last, last, room).prompt
+        return prompt, last, len(whole) - len(prompt)
+
+    def _first_fitting(self, row: Row, first: int, last: int, answer: list[int]) -> int:
+        """Return the first turn, from `first` on, whose history fits before an answer; `last + 1` if none does."""
+        return bisect_left(range(last + 1), True, first, key=lambda start: self._fits(row, start, last, answer))
+
+    def _shorten(self, row: Row, first: int, last: int, answer: list[int]) -> Example:
+        """Fit a turn and its answer into `max_length` tokens: the oldest turns go whole, then the user's text, then
+        the answer's end."""
+        fitting = self._first_fitting(row, first + 1, last, answer)
+        if fitting <= last:
+            [prompt] = self._encode_prompts([_turn(row, fitting, last)])
+            return Example(prompt, answer, _turns_note(fitting, last))
+        first = last
+        instruction, input, _ = _turn(row, first, last)
+        encoded = self.tokenizer(prompts.build_prompt(instruction, input), return_offsets_mapping=True, verbose=False)
+        spans = prompts.body_spans(instruction, input)
+        example = join(encoded.input_ids, encoded.offset_mapping, spans, answer, self.max_length)
+        if last:
+            example.note = f"{_turns_note(first, last)}; {example.note.removeprefix('cut: ')}"
+        return example
+
+    def _fits(self, row: Row, first: int, last: int, answer: list[int]) -> bool:
+        [prompt] = self._encode_prompts([_turn(row, first, last)])
+        return len(prompt) + len(answer) <= self.max_length
+
+
+def faster_backend(tokenizer: PreTrainedTokenizerBase) -> "fastokens.Tokenizer | None":
+    """Return the same tokenizer in fastokens, several times as fast; None where that does not know its parts.
+
+    It knows BLOOM's, not Falcon's pre-tokenizer (https://github.com/crusoecloud/fastokens).
+    """
+    if fastokens is None:
+        return None
+    try:
+        return fastokens.Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str())
+    except ValueError:
+        return None
+
+
+def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the template's own text can be tokenised once for all rows.
+
+    No token reaches over a cut of the pre-tokenizer, so that is exact if it makes the same pieces of the parts of
+    `prompts.split_prompt` as of the whole, whatever a user's text begins and ends with, and nothing rewrites the text
+    before it. BLOOM's and Falcon's do, since the parts meet at ":" and a line end, and at a line end and "#"; GPT-2's
+    looks ahead from a line end.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None or backend.pre_tokenizer is None:
+        return False
+    for probe in PROBES:
+        for parts in (prompts.split_prompt(probe), prompts.split_prompt(f"{probe}x{probe}", f"{probe * 2}")):
+            whole = backend.pre_tokenizer.pre_tokenize_str("".join(parts))
+            pieces = chain.from_iterable(map(backend.pre_tokenizer.pre_tokenize_str, parts))
+            if [piece for piece, _ in whole] != [piece for piece, _ in pieces]:
+                return False
+    text = prompts.build_prompt("x")
+    return tokenizer(text).input_ids == backend.encode(text, add_special_tokens=False).ids
+
+
+def _turn(row: Row, first: int, last: int) -> tuple[str, str, str]:
+    """Return (instruction, input, output) of reply `last` of a row, its history from turn `first` on."""
+    if last < len(row.history):
+        question, reply = row.history[last]
+        return prompts.chat_instruction(row.system, row.history[first:last], question), "", reply
+    return prompts.chat_instruction(row.system, row.history[first:], row.instruction), row.input, row.output
+
+
+def _turns_note(first: int, last: int) -> str:
+    return f"cut: the first {first} of the {last} turns before reply {last + 1}"
+
+
+def join(
+    prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], answer: list[int], max_length: int
+) -> Example:
+    """Join a prompt and its answer (eos included) into at most `max_length` tokens.
+
+    Where both do not fit, the user's text in the prompt is shortened first, each of `spans` (characters; tokens by
+    `offsets`) from its left end and the template kept whole; then the answer from its right end, losing its eos.
+    """
+    excess = len(prompt) + len(answer) - max_length
+    if excess <= 0:
+        return Example(prompt, answer)
+    length = len(prompt)
+    prompt = shorten(prompt, offsets, spans, excess)
+    note = f"cut: {length - len(prompt)} of the prompt's {length} tokens"
+    if len(prompt) + len(answer) > max_length:
+        note += f", {len(prompt) + len(answer) - max_length} of the answer's {len(answer)}"
+        answer = answer[: max_length - len(prompt)]
+    return Example(prompt, answer, note)
+
+
+def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], excess: int) -> list[int]:
+    """Return the prompt with about `excess` tokens fewer, never fewer than the template's own.
+
+    A character whose bytes are several tokens goes as a whole, so a few more tokens may go.
+    """
+    removed: set[int] = set()
+    for start, end in spans:
+        inside = [i for i, (first, last) in enumerate(offsets) if first >= start and last <= end]
+        for position, i in enumerate(inside):
+            splits_a_character = position > 0 and offsets[i][0] < offsets[inside[position - 1]][1]
+            if len(removed) >= excess and not splits_a_character:
+                break
+            removed.add(i)
+    return [token for i, token in enumerate(prompt) if i not in removed]
+
+
+def group(examples: Sequence[Example], max_length: int) -> Iterator[list[Example]]:
+    """Yield a row's examples in groups of at most `max_length` tokens, in their order."""
+    together: list[Example] = []
+    length = 0
+    for example in examples:
+        if together and length + len(example) > max_length:
+            yield together
+            together, length = [], 0
+        together.append(example)
+        length += len(example)
+    yield together
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
+    """Yield one example a reply: `input_ids` and `labels`, lists of one length, "length", "place" and "note"."""
+    for row, examples in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
+        for example in examples:
+            yield {
+                "input_ids": example.prompt + example.answer,
+                "labels": [IGNORE_INDEX] * len(example.prompt) + example.answer,
+                "length": len(example),
+                "place": row.place,
+                "note": example.note or row.note,
+            }

@@ -1,0 +1,138 @@
+"""Rows that are read and tokenised while the model trains on them: nothing is copied, and training starts at once.
+
+All ranks read every file and draw its rows in one order; each tokenises only its share of them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from sft.data.encode import Encoder, group
+from sft.data.formats import Row, read_all
+from sft.data.packing import PackedDataset, examples_of, pack
+from sft.data.shards import NUM_NAMED, Refused, size_of
+from sft.program import OneRankError, UserError
+
+BUFFER_ROWS = 10_000  # in memory, among which the next one is drawn
+ENCODED_REPLIES = 1000  # of a rank that are tokenised, and packed, together; a conversation has several
+JUDGED_ROWS = 1000  # read before the share of refused ones may end the run
+
+
+@dataclass
+class StreamedRows(IterableDataset):
+    """Rows of token ids without end, epoch after epoch, as `sft.data.load.flatten` takes them."""
+
+    files: Sequence[Path]
+    encoder: Encoder
+    notes: Path  # to which the first rank adds one JSON line for each refused row
+    max_bad_fraction: float = 0.01
+    packing: bool = False
+    shuffle: bool = True
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        """Count nothing yet, and keep what was noted before, of rows held out."""
+        self.num_rows = self.num_refused = self.unread_bytes = 0
+        self.num_bytes, self.noted_bytes = sum(map(size_of, self.files)), size_of(self.notes)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        """Yield this rank's rows from the first epoch on; raise UserError where too many are refused."""
+        self.num_rows = self.num_refused = self.unread_bytes = 0
+        self.has_begun = False
+        if not self.rank:
+            with self.notes.open("a") as lines:
+                lines.truncate(self.noted_bytes)
+        drawn = chain.from_iterable(map(self._drawn, count()))
+        rounds = zip(*[drawn] * self.world_size, strict=True)  # a row for each rank
+        while rows := [of_ranks[self.rank] for of_ranks in some_of(rounds)]:
+            tokenised = [
+                [ids for example in together for ids in (example.prompt, example.answer)]
+                for examples in self.encoder.encode(rows)
+                for together in group(examples, self.encoder.max_length)
+            ]
+            for parts in self._packed(tokenised) if self.packing else tokenised:
+                self.has_begun = True
+                yield {"input_ids": list(chain.from_iterable(parts)), "lengths": list(map(len, parts))}
+
+    def _packed(self, rows: list[list[list[int]]]) -> Iterator[list[list[int]]]:
+        lengths = np.array([sum(map(len, parts)) for parts in rows])
+        row_of = pack(lengths, self.encoder.max_length, self.seed)
+        for row in np.random.default_rng(self.seed).permutation(row_of.max() + 1):
+            yield [ids for index in np.flatnonzero(row_of == row) for ids in rows[index]]
+
+    def _drawn(self, epoch: int) -> Iterator[Row]:
+        """Yield the rows of an epoch in its order: files, and rows within a buffer, by (seed, epoch)."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.files)) if self.shuffle else range(len(self.files))
+        rows = (row for index in order for row in self._kept(self.files[index], epoch))
+        buffer = list(islice(rows, BUFFER_ROWS if self.shuffle else 1))
+        if not buffer:
+            raise UserError(f"there is no row to train on; what was refused is in {self.notes}")
+        for row in rows:
+            index = generator.integers(len(buffer))
+            yield buffer[index]
+            buffer[index] = row
+        self._judge()
+        yield from (buffer[index] for index in generator.permutation(len(buffer)))
+
+    def _kept(self, file: Path, epoch: int) -> Iterator[Row]:
+        """Yield the rows of a file; in the first epoch count all of them, and note those that are refused."""
+        for row in read_all(file):
+            if epoch == 0:
+                self.num_rows += 1
+                if isinstance(row, Refused):
+                    self._refuse(row)
+                if self.num_rows >= JUDGED_ROWS:
+                    self._judge()
+            if isinstance(row, Row):
+                yield row
+
+    def _refuse(self, row: Refused) -> None:
+        self.num_refused += 1
+        self.unread_bytes += row.num_bytes
+        if self.rank:
+            return
+        if self.num_refused <= NUM_NAMED:
+            tqdm.write(f"{'refused':9}{row.place}: {row.reason}")
+        with self.notes.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"place": row.place, "note": f"refused: {row.reason}"}, ensure_ascii=False) + "\n")
+
+    def _judge(self) -> None:
+        share = max(self.num_refused / max(1, self.num_rows), self.unread_bytes / max(1, self.num_bytes))
+        if share > self.max_bad_fraction:
+            unread = f" and {self.unread_bytes:,} of {self.num_bytes:,} bytes not read" if self.unread_bytes else ""
+            # To the first row of tokens all ranks read as much; later one may be ahead of the others, and end alone.
+            raise (OneRankError if self.rank and self.has_begun else UserError)(
+                f"{self.num_refused:,} of the first {self.num_rows:,} rows are refused{unread}, more than "
+                f"--max_bad_fraction {self.max_bad_fraction:g}; mend them ({self.notes} lists them), or allow more"
+            )
+
+
+def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
+    """Yield rounds of rows, as many on each rank, until they have ENCODED_REPLIES for each."""
+    num_replies = 0
+    for rows in rounds:
+        yield rows
+        num_replies += sum(1 + len(row.history) for row in rows)
+        if num_replies >= ENCODED_REPLIES * len(rows):
+            return
+
+
+def first_of(rows: Dataset | PackedDataset | StreamedRows) -> dict[str, list[int]]:
+    """Return the first row of token ids; raise UserError if a stream has none."""
+    if not isinstance(rows, StreamedRows):
+        return examples_of(rows)[0]
+    for row in chain.from_iterable(map(read_all, rows.files)):
+        if isinstance(row, Row):
+            example = rows.encoder.encode([row])[0][0]
+            return {"input_ids": example.prompt + example.answer, "lengths": [len(example.prompt), len(example.answer)]}
+    raise UserError(f"there is no row to train on in {rows.files[0].parent}")

@@ -1,0 +1,180 @@
+"""A model made to train on flat rows, (1, T), of several examples: its attention, its loss, and the proof of both.
+
+`install` replaces forwards of a loaded model, on the instance alone: classes, configuration and weights stay as they
+are, so a saved folder is a plain one. `remove` takes them off again, to generate.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+
+from sft.model import attention
+from sft.model.loss import TiedEmbedding, TiedGradient, next_token_loss
+from sft.program import UserError
+
+# Largest difference of two logits by the largest logit. A leak moves logits by a tenth and more; rounding in 16 bits,
+# in another order of summation, by up to a few hundredths.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+BLOCKS = (BloomBlock, FalconDecoderLayer)
+REPLACED = ("forward", "_compiled_call_impl")  # attributes of an instance that stand before its class's own forward
+CHECKED_LENGTHS = (23, 17)  # tokens of the two examples of the check
+FAMILIES = "give a bloom, falcon, llama or qwen2 model"
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make a loaded model train on flat rows: `model(input_ids, position_ids, labels)` returns the loss.
+
+    BLOOM and Falcon get the attention of `sft.model.attention`; other families read the boundaries from `position_ids`
+    by themselves, or fail `check`. Raises UserError if the model drops attention weights, which no kernel here does, or
+    its head has a bias, which the loss has not.
+    """
+    if dropout := getattr(model.config, "attention_dropout", 0):
+        raise UserError(f"attention_dropout is {dropout} in config.json, which flat rows do not have; set it to 0.0")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"{model.config.model_type} has a head with a bias, which the loss here has not; {FAMILIES}")
+    for module in model.modules():
+        if stand_in := attention.FORWARDS.get(type(module)):
+            module.forward = MethodType(stand_in, module)
+        elif isinstance(module, BloomGelu):  # the same formula, in one kernel where BLOOM's takes seven
+            module.forward = nn.GELU(approximate="tanh").forward
+    head.forward, head.tied = MethodType(_loss_or_logits, head), None
+    if embeddings.weight is head.weight and embeddings.padding_idx is None:
+        embeddings.forward = MethodType(partial(_embed, head=head), embeddings)
+    model.forward = MethodType(forward, model)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile what surrounds attention and loss, on the instance: norms, GELU, residuals, layer after layer the same.
+
+    Attention and loss keep kernels of their own, so each layer falls into four parts, each compiled once for all
+    layers.
+    """
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.compile()
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Give a model its own forwards back."""
+    for module in model.modules():
+        for name in REPLACED:
+            module.__dict__.pop(name, None)
+
+
+@contextmanager
+def removed(model: PreTrainedModel) -> Iterator[None]:
+    """Take the forwards off for a while; those that others put on top of them are put back too."""
+    replaced = [
+        (module, name, module.__dict__[name])
+        for module in model.modules()
+        for name in REPLACED
+        if name in module.__dict__
+    ]
+    remove(model)
+    try:
+        yield
+    finally:
+        for module, name, own in replaced:
+            module.__dict__[name] = own
+
+
+def forward(
+    self,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    label_positions: torch.Tensor | None = None,
+    **unused,
+) -> CausalLMOutput:
+    """Stand in for the forward of a causal language model: the loss of a flat row, or its logits without `labels`.
+
+    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T), as `sft.data.load.flatten` makes
+    them with `label_positions`, (1, N), which are found here without it. The loss is summed and divided by
+    `num_items_in_batch`, by default the number of labels; the logits are (1, T, V).
+    """
+    length = input_ids.shape[1]
+    if attention.has_flex_attention(input_ids.device):
+        # FlexAttention's whole blocks, which are few shapes to compile for: up to 127 tokens, each its own example.
+        missing = -length % attention.BLOCK_SIZE
+        input_ids, position_ids = (functional.pad(ids, (0, missing)) for ids in (input_ids, position_ids))
+    base, head = self.base_model, self.get_output_embeddings()
+    if self.config.model_type in ("bloom", "falcon"):
+        hidden_states = attention.hidden_states_of(base, input_ids, position_ids)
+    else:
+        hidden_states = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+    hidden_states = hidden_states[:, :length]
+    if labels is None:
+        return CausalLMOutput(logits=head(hidden_states))
+    positions = None if label_positions is None else label_positions[0]
+    return CausalLMOutput(loss=head(hidden_states, labels, num_items_in_batch, positions))
+
+
+def _loss_or_logits(self, hidden_states: torch.Tensor, labels=None, num_items=None, positions=None) -> torch.Tensor:
+    """Stand in for the head's forward; inside it the weight is whole, also where ZeRO-3 splits it over the ranks."""
+    if labels is None:
+        return type(self).forward(self, hidden_states)
+    return next_token_loss(hidden_states, self.weight, labels, num_items, self.tied, positions)
+
+
+def _embed(self, input_ids: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """Stand in for the forward of embeddings tied to the head."""
+    head.tied = TiedGradient()
+    return TiedEmbedding.apply(input_ids, self.weight, head.tied)
+
+
+@torch.no_grad()
+def measure_leak(model: PreTrainedModel) -> tuple[float, float]:
+    """Return how far an installed model's logits are from its own forward's: one example a row, and two in a row.
+
+    Both are the largest difference by the largest logit of the model's own forward, which sees each example alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    examples = [torch.randint(model.config.vocab_size, (1, n), generator=generator) for n in CHECKED_LENGTHS]
+    examples = [example.to(model.device) for example in examples]
+    with removed(model):
+        own = [model(input_ids=example, use_cache=False).logits.float() for example in examples]
+    positions = [torch.arange(example.shape[1], device=model.device)[None] for example in examples]
+    alone = [model(input_ids=e, position_ids=p).logits.float() for e, p in zip(examples, positions, strict=True)]
+    packed = model(input_ids=torch.cat(examples, 1), position_ids=torch.cat(positions, 1)).logits.float()
+    scale = max(logits.abs().max() for logits in own)
+
+    def difference(logits: torch.Tensor) -> float:
+        return ((logits - torch.cat(own, 1)).abs().max() / scale).item()
+
+    return difference(torch.cat(alone, 1)), difference(packed)
+
+
+def check(model: PreTrainedModel, dtype: torch.dtype, examples_share_rows: bool) -> float:
+    """Return how far packed logits are from those of each example alone, in relation to the largest.
+
+    Raises UserError with the figures if that is too far for `dtype`, which the model computes in; where examples do
+    not share rows, only one example a row must agree.
+    """
+    was_training = model.training
+    model.eval()
+    alone, packed = measure_leak(model)
+    model.train(was_training)
+    family, limit = model.config.model_type, TOLERANCE[dtype]
+    if not alone <= limit:
+        raise UserError(
+            f"{family} cannot be trained here: its logits on a flat row are off by {alone:.2g} of the largest, at most "
+            f"{limit:g} is rounding; {FAMILIES}"
+        )
+    if examples_share_rows and not packed <= limit:
+        raise UserError(
+            f"{family} cannot be packed: with two examples in a row its logits are off by {packed:.2g} of the largest, "
+            f"at most {limit:g} is rounding, so one example reads another; type --packing False "
+            "--per_device_train_batch_size 1 --per_device_eval_batch_size 1"
+        )
+    return packed if examples_share_rows else alone

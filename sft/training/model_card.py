@@ -1,0 +1,104 @@
+"""The README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import Trainer
+from yaml import YAMLError
+
+from sft.data.load import DataReport
+from sft.data.streaming import StreamedRows
+from sft.training.summary import NOTES, data_line, device_line, losses, steps_line
+
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets")
+BASE_LICENCES = {
+    "bloom": "BLOOM is under the BigScience RAIL licence 1.0, whose restrictions of use pass on to this model.",
+    "falcon": "Falcon-7b and -40b are under Apache-2.0; see the base model's own card for other sizes.",
+}
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+language: [zh]
+{metadata}---
+
+# {name}
+
+{base} fine-tuned on Chinese instructions, {trained}, loss on the answers only.
+The prompt is in the tokenizer's chat template.
+
+## Data
+
+{data}. What was refused, cut or a duplicate is in `{notes}`, with file, line and reason.
+
+## Run
+
+- {steps}
+- {settings}
+- hardware: {hardware}
+- {speed}
+- {versions}
+
+## Result
+
+{results}
+
+![loss curve](loss_curve.png)
+
+## Licences
+
+{licence}
+The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
+"""
+
+
+def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer: Trainer) -> str:
+    """Return the card of a run's result; losses are in nats per trained token, tokens per second are of the steps."""
+    args, settings = trainer.args, trainer.settings
+    lora = f"LoRA of rank {settings['--lora_r']}, {settings['trained parameters']:,} parameters"
+    metadata, licence = base_licence(base, trainer.model.config.model_type)
+    speed = trainer.watch.tokens_a_second
+    return CARD.format(
+        metadata=metadata,
+        name=Path(args.output_dir).name,
+        base=Path(base).name,
+        trained=lora if settings["--lora_r"] else f"all {settings['parameters']:,} weights",
+        data=f"{data}: {data_line(report)}",
+        notes=NOTES,
+        steps=steps_line(args, trainer.train_dataset),
+        settings=f"length {args.model_max_length}, seed {args.seed}",
+        hardware=device_line(args, bool(settings["--lora_r"])),
+        speed=f"{speed:,.0f} tokens a second in the steps of the last start"
+        if speed
+        else "no step since its last start",
+        versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
+        results="\n".join(result_lines(trainer.state.log_history)),
+        licence=licence,
+    )
+
+
+def result_lines(log_history: list[dict]) -> list[str]:
+    """Return the first and last training loss, and the held-out loss before and after, as they were logged."""
+    named = (("training loss", "loss"), ("held-out loss", "eval_loss"))
+    points = {name: found for name, key in named if (found := losses(log_history, key))}
+    return [
+        f"- {name}: {found[0][1]:.4f} {'before the first step' if not found[0][0] else f'at step {found[0][0]:,}'}, "
+        f"{found[-1][1]:.4f} at step {found[-1][0]:,}"
+        for name, found in points.items()
+    ] or ["- nothing was logged"]
+
+
+def base_licence(base: str, model_type: str) -> tuple[str, str]:
+    """Return the card's metadata lines on the base model, and the sentence on its licence.
+
+    A base folder's own card says its licence; without one the family does.
+    """
+    card, folder = Path(base, "README.md"), Path(base)
+    metadata = "" if folder.exists() else f"base_model: {base}\n"
+    try:
+        own = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
+    except (ValueError, OSError, YAMLError):  # a README.md that is no card
+        own = None
+    if own:
+        return f"{metadata}license: {own}\n", f"{folder.name} is under the licence `{own}`, as its own card says."
+    return metadata, BASE_LICENCES.get(model_type, "See the base model's own card.")

@@ -1,0 +1,136 @@
+"""One question to one or more checkpoints, from its coming to its last token: checked, in line, streamed, told."""
+
+import asyncio
+import unicodedata
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from sft.chat.model import ChatModel
+from sft.chat.reply import Reply, Sampling
+from sft.web.visitors import RefusedError, Visitor, WaitingLine
+
+Messages = list[dict[str, str]]
+ALLOWED_CONTROLS = "\t\n\r"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_characters: int = 8_000  # of a question
+    max_history: int = 300_000  # characters of a conversation before it
+    max_new_tokens: int = 2_048
+
+
+@dataclass
+class Progress:
+    """How far a request is: `ahead` others before it, or its answers so far and the replies behind them."""
+
+    ahead: int = 0
+    answers: list[str] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    finished: bool = False
+
+
+class Answering:
+    """Answers visitors with one or more checkpoints, one visitor at a time."""
+
+    def __init__(
+        self,
+        chats: Sequence[ChatModel],
+        line: WaitingLine,
+        limits: Limits = Limits(),
+        is_gone: Callable[..., bool] = lambda *sessions: False,
+    ):
+        """Take the checkpoints, the line, and a function that tells whether nobody listens any more."""
+        self.chats = list(chats)
+        self.line = line
+        self.limits = limits
+        self.is_gone = is_gone
+
+    async def answer(
+        self, visitor: Visitor, conversations: Sequence[Messages], sampling: Sampling
+    ) -> AsyncIterator[Progress]:
+        """Yield the progress of the answers to one conversation for each checkpoint, the first ones perhaps alone.
+
+        The last one is `finished`, unless the visitor has gone away. Closing the iterator ends the generation within
+        one token. Raises RefusedError where a limit is met.
+        """
+        self.check(conversations, sampling)
+        async with self.line.join(visitor) as ticket:
+            while ahead := ticket.place:
+                yield Progress(ahead)
+                await ticket.wait()
+                if self.is_gone(visitor.session, visitor.event):
+                    return
+            yield Progress()
+            replies = await self._prepare(conversations, sampling)
+            progress = Progress(answers=[""] * len(replies), replies=replies)
+            async with aclosing(merge(replies)) as pieces:
+                async for number, piece in pieces:
+                    progress.answers[number] += piece
+                    yield replace(progress, answers=list(progress.answers))
+                    if self.is_gone(visitor.session, visitor.event):
+                        return
+            yield replace(progress, finished=True)
+
+    async def _prepare(self, conversations: Sequence[Messages], sampling: Sampling) -> list[Reply]:
+        """Tokenise in a thread: 300,000 characters of history take a moment, in which others want their pages."""
+        chats = self.chats[: len(conversations)]
+        pairs = [*zip(chats, conversations, strict=True)]
+        return await asyncio.to_thread(lambda: [chat.reply(messages, sampling) for chat, messages in pairs])
+
+    def check(self, conversations: Sequence[Messages], sampling: Sampling) -> None:
+        """Raise RefusedError if a question or a number is not one that is answered."""
+        try:
+            sampling.check()
+        except ValueError as error:
+            raise RefusedError("bad_number", problem=error) from None
+        if sampling.max_new_tokens > self.limits.max_new_tokens:
+            raise RefusedError("long_answer", given=sampling.max_new_tokens, most=self.limits.max_new_tokens)
+        for messages in conversations:
+            *history, question = (message["content"] for message in messages)
+            if not all(isinstance(text, str) for text in (*history, question)):
+                raise RefusedError("no_text")
+            if not question.strip():
+                raise RefusedError("empty")
+            if len(question) > self.limits.max_characters:
+                raise RefusedError("long_question", given=len(question), most=self.limits.max_characters)
+            if sum(map(len, history)) > self.limits.max_history:
+                raise RefusedError("long_history", given=sum(map(len, history)), most=self.limits.max_history)
+            for text in (*history, question):
+                if bad := forbidden_character(text):
+                    raise RefusedError("bad_character", character=f"U+{ord(bad):04X}")
+
+
+def forbidden_character(text: str) -> str:
+    """Return the first control character or lone surrogate of a text; nothing if it has none."""
+    return next((c for c in text if c not in ALLOWED_CONTROLS and unicodedata.category(c) in ("Cc", "Cs")), "")
+
+
+async def merge(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, str]]:
+    """Yield (number of the reply, piece) as pieces come; closing it ends all of them within one token."""
+    loop = asyncio.get_running_loop()
+    # One thread for each reply, in which its pieces are waited for and, after the last of them, it is closed.
+    executors = [ThreadPoolExecutor(1) for _ in replies]
+    iterators = [iter(reply) for reply in replies]
+
+    def next_of(number: int) -> asyncio.Future:
+        return loop.run_in_executor(executors[number], next, iterators[number], None)
+
+    waiting = {next_of(number): number for number in range(len(replies))}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = waiting.pop(future)
+                if (piece := future.result()) is not None:
+                    waiting[next_of(number)] = number
+                    yield number, piece
+    finally:
+        for reply, iterator, executor in zip(replies, iterators, executors, strict=True):
+            reply.cancel()
+            executor.submit(iterator.close)
+            executor.shutdown(wait=False)

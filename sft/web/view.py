@@ -1,0 +1,125 @@
+"""How conversations, replies and requests look to Gradio and from it; plain functions."""
+
+import html
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.context import LocalContext
+
+from sft.chat.reply import Sampling
+from sft.web import history
+from sft.web.answering import Messages, Progress
+from sft.web.history import Conversation
+from sft.web.texts import say
+from sft.web.visitors import RefusedError, Visitor
+
+Updates = dict[gr.blocks.Block, dict[str, Any]]
+# What turns a character into Markdown, HTML or a formula.
+MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
+
+
+def merged(*all_updates: Updates) -> Updates:
+    """Return the union of updates, property by property."""
+    union: Updates = {}
+    for updates in all_updates:
+        for component, properties in updates.items():
+            union[component] = {**union.get(component, {}), **properties}
+    return union
+
+
+def as_updates(updates: Updates) -> dict[gr.blocks.Block, Any]:
+    """Return updates as Gradio takes them from a handler."""
+    return {component: gr.update(**properties) for component, properties in updates.items()}
+
+
+def as_message(role: str, text: str) -> dict[str, Any]:
+    """Return a message of a chatbot; as a part it is shown to the character, where Gradio strips a plain string."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def as_messages(conversation: Conversation | None, checkpoint: int) -> list[dict[str, Any]]:
+    """Return the messages of a conversation with one checkpoint."""
+    shown = []
+    for turn in conversation["turns"] if conversation else []:
+        shown.append(as_message("user", turn["question"]))
+        if turn["answers"]:
+            shown.append(
+                as_message("assistant", turn["answers"][checkpoint] if checkpoint < len(turn["answers"]) else "")
+            )
+    return shown
+
+
+def turn_at(conversation: Conversation | None, index: int | Sequence[int]) -> int:
+    """Return the number of the turn to which message `index` of a chatbot belongs; -1 if there is none."""
+    index = index if isinstance(index, int) else index[0]
+    owners = [
+        number
+        for number, turn in enumerate(conversation["turns"] if conversation else [])
+        for _ in range(1 + bool(turn["answers"]))
+    ]
+    return owners[index] if 0 <= index < len(owners) else -1
+
+
+def export_link(conversation: Conversation, language: str) -> str:
+    """Return a link that holds a conversation as a file, so that none is written on the server."""
+    content = b64encode(history.export(conversation).encode()).decode()
+    name = re.sub(r"[^\w-]+", "_", conversation["title"]).strip("_") or "conversation"
+    label = html.escape(say(language, "export"))
+    return f'<a download="{name}.json" href="data:application/json;base64,{content}">{label}</a>'
+
+
+def escape(text: str) -> str:
+    """Return a text that Markdown shows as it is."""
+    return MARKS.sub(r"\\\1", text)
+
+
+def footer(names: Sequence[str], progress: Progress, language: str, stopped: bool = False) -> str:
+    """Return the line below the answers: what was left out before them, how fast they came, why they ended."""
+    lines = []
+    for name, answer, reply in zip(names, progress.answers, progress.replies, strict=False):
+        parts = [escape(f"{name}: {reply.chat}")]
+        if reply.turns_left_out:
+            parts.append(say(language, "left_out", turns=reply.turns_left_out))
+        if reply.tokens_left_out:
+            parts.append(say(language, "cut", tokens=reply.tokens_left_out))
+        if tokens := len(reply.token_ids):
+            parts.append(say(language, "speed", tokens=tokens, speed=tokens / reply.seconds))
+        if stopped and reply.finish_reason == "cancelled":
+            parts.append(say(language, "cancelled"))
+        elif progress.finished:
+            parts += [say(language, "length")] * (reply.finish_reason == "length")
+            parts += [say(language, "nothing")] * (not answer)
+        lines.append(" · ".join(parts))
+    return "  \n".join(lines) or say(language, "reading")
+
+
+def visitor_of(request: gr.Request) -> Visitor:
+    """Return who sent a request: the name that was logged in with, or the address."""
+    address = request.client.host if request.client else ""
+    return Visitor(request.session_hash or "", request.username or address, LocalContext.event_id.get() or "")
+
+
+def as_history(history: object) -> Messages:
+    """Return an API caller's history; raise RefusedError if it is no list of turns, question and answer."""
+    try:
+        messages = [{"role": str(turn["role"]), "content": turn["content"]} for turn in history or []]
+        roles = [message["role"] for message in messages]
+        if roles == ["user", "assistant"] * (len(roles) // 2) and all(isinstance(m["content"], str) for m in messages):
+            return messages
+    except (TypeError, KeyError):
+        pass
+    raise RefusedError("bad_history")
+
+
+def as_sampling(numbers: dict[str, float | str]) -> Sampling:
+    """Return the sampling that a page's settings ask for, an empty seed as none.
+
+    Raises RefusedError for a seed that is no whole number.
+    """
+    seed = str(numbers["seed"] or "").strip()
+    if seed and not (seed.isascii() and seed.isdigit()):
+        raise RefusedError("bad_number", problem=f"seed is {seed!r}; expected a whole number")
+    return Sampling(**{**numbers, "seed": int(seed) if seed else None})

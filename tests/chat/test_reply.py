@@ -1,0 +1,201 @@
+"""Pieces are the full decode to the character, and the seed decides the sample."""
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from sft.chat.reply import GREEDY, Reply, Sampling, cut_at_marker, settled_length
+from sft.model.load import load_tokenizer
+
+RARE = "𠀀好😀👨‍👩‍👧é\u0301 Ω\n\n你\u3000\ufeffz"
+# Every character of the planes in which GB18030 has Chinese, and of the emoji; surrogates and private use are none.
+PLANES = [range(0xA0, 0xD800), range(0xF900, 0x10000), range(0x1F000, 0x1FB00), range(0x20000, 0x323B0)]
+CHARACTERS = [chr(code) for plane in PLANES for code in plane if chr(code).isprintable()]
+
+
+@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
+def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(make_model(request.param)))
+
+
+class Script:
+    """Stands in for a ChatModel: its model "generates" given token ids, the last one when `before_last` returns."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        token_ids: Sequence[int],
+        before_last: Callable[[], object] = lambda: None,
+    ):
+        self.tokenizer = tokenizer
+        self.token_ids = token_ids
+        self.before_last = before_last
+
+    def generate(self, prompts, sampling, streamer, stopping_criteria):
+        streamer.put(torch.tensor([[1, 2, 3]]))
+        for token_id in self.token_ids[:-1]:
+            streamer.put(torch.tensor([token_id]))
+        self.before_last()
+        streamer.put(torch.tensor(self.token_ids[-1:]))
+        streamer.end()
+
+
+def reply_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> Reply:
+    return Reply(Script(tokenizer, token_ids), "", GREEDY)
+
+
+def byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Spell a text with one token for every byte of its UTF-8."""
+    [(letters, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return tokenizer.convert_tokens_to_ids(list(letters))
+
+
+def test_any_bytes_stream_to_their_full_decode(tokenizer: PreTrainedTokenizerBase):
+    rng = random.Random(0)
+    spelled = byte_tokens(tokenizer, RARE + "\n### InstructioHuman:\ufffd")
+    for _ in range(100):
+        start = rng.randrange(len(spelled))
+        token_ids = [*spelled[start : start + 12], *rng.choices(spelled, k=8), tokenizer.eos_token_id, *spelled[:3]]
+        assert "".join(reply_of(tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", [RARE, "你好", "😀😀", "a\ufffdb\ufffd", "\nHuman", "\n### Instructor\n"])
+def test_bytes_one_at_a_time_stream_to_exactly_the_characters(tokenizer: PreTrainedTokenizerBase, text: str):
+    assert "".join(reply_of(tokenizer, byte_tokens(tokenizer, text))) == text
+
+
+def test_characters_come_one_by_one(tokenizer: PreTrainedTokenizerBase):
+    assert list(reply_of(tokenizer, byte_tokens(tokenizer, "𠀀好😀z"))) == ["𠀀", "好", "😀", "z"]
+
+
+def test_first_piece_comes_before_the_last_token(tokenizer: PreTrainedTokenizerBase):
+    first_piece_seen = threading.Event()
+    waits = []
+    script = Script(tokenizer, byte_tokens(tokenizer, "好的"), lambda: waits.append(first_piece_seen.wait(5)))
+    for _ in Reply(script, "", GREEDY):
+        first_piece_seen.set()
+    assert waits == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "settled"),
+    [
+        ("", 0),
+        ("你好", 2),
+        ("你\ufffd", 1),
+        ("\ufffd\ufffd", 1),
+        ("\ufffd好", 2),
+        ("好\n", 1),
+        ("好\nHum", 1),
+        ("好\nHuman", 1),
+        ("好\n### Instructio", 1),
+        ("好\n\n", 2),
+        ("好\nHumus", 7),
+        ("好\n#\ufffd", 3),
+        ("好\nHum!", 6),
+        ("Hum", 3),
+    ],
+)
+def test_settled_length(text: str, settled: int):
+    assert settled_length(text) == settled
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("好", ("好", False)),
+        ("好\nHuman", ("好\nHuman", False)),
+        ("好\nHuman:再问", ("好", True)),
+        ("好\n\n### Instruction:\n", ("好\n", True)),
+        ("一\n### Instruction\nHuman:", ("一", True)),
+        ("一\nHuman:\n### Instruction", ("一", True)),
+        ("Human:", ("Human:", False)),
+    ],
+)
+def test_cut_at_marker(text: str, cut: tuple[str, bool]):
+    assert cut_at_marker(text) == cut
+
+
+def test_reply_that_runs_into_the_next_turn_is_cut(tokenizer: PreTrainedTokenizerBase):
+    reply = reply_of(tokenizer, byte_tokens(tokenizer, "好的。\nHuman:再问\nAssistant:嗯"))
+    assert "".join(reply) == "好的。"
+    assert reply.finish_reason == "marker"
+
+
+def test_text_after_a_literal_replacement_character_is_not_held_back(tokenizer: PreTrainedTokenizerBase):
+    assert list(reply_of(tokenizer, byte_tokens(tokenizer, "一\ufffd二三")))[-2:] == ["二", "三"]
+
+
+def test_every_character_of_gb18030_and_every_emoji_streams_as_bytes(tokenizer: PreTrainedTokenizerBase):
+    assert len(CHARACTERS) > 100_000
+    for start in range(0, len(CHARACTERS), 16):
+        text = "".join(CHARACTERS[start : start + 16])
+        assert text.encode("gb18030").decode("gb18030") == text
+        token_ids = byte_tokens(tokenizer, text)
+        assert len(token_ids) == len(text.encode())
+        pieces = list(reply_of(tokenizer, token_ids))
+        assert "".join(pieces) == text == tokenizer.decode(token_ids)
+        assert len(pieces) == len(text)
+
+
+def test_samples_are_drawn_as_the_warped_probabilities_say():
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -30.0]]).repeat(20_000, 1)
+    sampling = Sampling(temperature=0.8, top_p=0.95, top_k=4, seed=3)
+    scores = sampling.processors(torch.device("cpu"))(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    drawn = torch.bincount(scores.argmax(-1), minlength=6) / len(logits)
+    kept = torch.softmax(logits[0] / 0.8, 0)[:4]
+    assert kept[:3].sum() / kept.sum() < 0.95  # so that the fourth is among the likeliest 95 %, and the last two not
+    expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
+    assert (drawn - expected).abs().max() < 0.012  # 3.4 standard deviations of a frequency in 20,000
+
+
+def test_seed_gives_the_same_sample_whatever_is_drawn_meanwhile():
+    logits = torch.randn(64, 100)
+    ids = torch.zeros(64, 1, dtype=torch.long)
+
+    def draw(seed: int | None) -> list[int]:
+        processors = Sampling(seed=seed).processors(torch.device("cpu"))
+        torch.rand(7)
+        return processors(ids, logits.clone()).argmax(-1).tolist()
+
+    assert draw(5) == draw(5) != draw(6)
+    assert draw(None) != draw(None)
+    torch.manual_seed(0)
+    first = draw(None)
+    torch.manual_seed(0)
+    assert draw(None) == first
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("max_new_tokens", 0, "expected 1 to 4096"),
+        ("max_new_tokens", 1e9, "expected a whole number"),
+        ("max_new_tokens", True, "expected a whole number"),
+        ("temperature", -0.1, "expected 0.0 to 2.0"),
+        ("temperature", float("nan"), "expected 0.0 to 2.0"),
+        ("temperature", "1", "expected a number"),
+        ("top_p", 0, "expected 0.01 to 1.0"),
+        ("top_p", float("inf"), "expected 0.01 to 1.0"),
+        ("top_k", -1, "expected 0 to 1000"),
+        ("top_k", 2.5, "expected a whole number"),
+        ("repetition_penalty", 0, "expected 0.5 to 2.0"),
+        ("repetition_penalty", None, "expected a number"),
+        ("seed", -1, "expected 0 to"),
+        ("seed", 2**63, "expected 0 to"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(name: str, value: object, problem: str):
+    with pytest.raises(ValueError, match=rf"{name} is .*; {problem}"):
+        Sampling(**{name: value}).check()
+
+
+def test_usual_numbers_are_in_bounds():
+    for sampling in (Sampling(), GREEDY, Sampling(1, 2, 1, 0, 0.5, 2**63 - 1), Sampling(seed=None)):
+        sampling.check()

@@ -1,0 +1,385 @@
+"""Whatever a file holds, no row is lost or changed: hypothesis writes files, spoils them, and reads them back.
+
+The examples are the same at every run.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from sft import IGNORE_INDEX
+from sft.data import cache
+from sft.data.encode import Encoder
+from sft.data.formats import ROLES, SHAPES, Pair, Row, Shape, Turns, read_all, read_rows, split_history
+from sft.data.load import labels_of
+from sft.data.shards import Refused
+from sft.model.load import load_tokenizer
+from sft.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, build_chat_prompt, build_prompt
+
+LONG = 10**6  # tokens; nothing here is cut
+
+
+def examples(number: int) -> settings:
+    too_slow = [HealthCheck.too_slow]  # says more of the machine than of the test
+    return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=too_slow)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that one example after another writes to."""
+    return tmp_path_factory.mktemp("property")
+
+
+@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
+def encoder(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> Encoder:
+    return Encoder(load_tokenizer(str(make_model(request.param)), LONG))
+
+
+@pytest.fixture(scope="module")
+def bloom(make_model: Callable[[str], Path]) -> Encoder:
+    return Encoder(load_tokenizer(str(make_model("bloom-tiny")), LONG))
+
+
+def tokenised(folder: Path, file: Path, encoder: Encoder) -> tuple[list[dict], dict, list[dict]]:
+    """Return the tokenised rows of a file, the counts and the notes."""
+    cache.write(folder, [file], encoder, 1)
+    with pa.OSFile(str(folder / cache.ROWS)) as source:
+        rows = pa.ipc.open_stream(source).read_all().to_pylist()
+    notes = [json.loads(line) for line in (folder / cache.NOTES).read_text(encoding="utf-8").split("\n") if line]
+    return rows, json.loads((folder / cache.COUNTS).read_text(encoding="utf-8")), notes
+
+
+# --------------------------------------------------------------------------------------------------------- spoilt files
+
+CLEAN = [{"instruction": f"问题{i}，second", "input": "", "output": f"答案{i}😀\n"} for i in range(12)]
+CHATS = [{"messages": [{"role": role, "content": "你好"} for role in ("user", "assistant")]} for _ in range(5)]
+LINES = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in CLEAN)
+ARRAY = json.dumps(CLEAN, ensure_ascii=False, indent=1)
+SPREAD = "\n".join(json.dumps(each, ensure_ascii=False, indent=1) for each in CLEAN)
+
+
+def as_parquet(records: list[dict], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(records), buffer, **options)
+    return buffer.getvalue()
+
+
+FILES = {
+    "lines": LINES.encode(),
+    "array": ARRAY.encode(),
+    "objects": SPREAD.encode(),
+    "gzip of lines": gzip.compress(LINES.encode(), mtime=0),
+    "gzip of an array": gzip.compress(ARRAY.encode(), mtime=0),
+    "GB18030 lines": LINES.encode("gb18030"),
+    "GB18030 array": ARRAY.encode("gb18030"),
+    "UTF-16 lines": codecs.BOM_UTF16_LE + LINES.encode("utf-16-le"),
+    "UTF-16 array": codecs.BOM_UTF16_BE + ARRAY.encode("utf-16-be"),
+    "parquet": as_parquet(CLEAN, row_group_size=5),
+    "parquet of conversations": as_parquet(CHATS, compression="none"),
+}
+PLACES = st.floats(0, 1, exclude_max=True)
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), PLACES, st.binary(min_size=1, max_size=6)),
+        st.tuples(st.just("flip"), PLACES, st.integers(1, 255)),
+        st.tuples(st.just("delete"), PLACES, st.integers(1, 40)),
+        st.tuples(st.just("cut"), PLACES, st.none()),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def spoil(content: bytes, changes: list[tuple]) -> bytes:
+    spoilt = bytearray(content)
+    for change, place, what in changes:
+        start = int(place * len(spoilt))
+        if change == "put":
+            spoilt[start:start] = what
+        elif change == "flip" and spoilt:
+            spoilt[start] ^= what
+        elif change == "delete":
+            del spoilt[start : start + what]
+        elif change == "cut":
+            del spoilt[start:]
+    return bytes(spoilt)
+
+
+def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> list[Row | Refused]:
+    """Check that the reader and the cache agree on every row of a file, and return the rows."""
+    file = folder / "rows.json"
+    file.write_bytes(content)
+    found = list(read_all(file))
+    refused = [each for each in found if isinstance(each, Refused)]
+    rows, counts, notes = tokenised(folder, file, encoder)
+    assert counts["rows"] == counts["kept"] + counts["refused"] == len(found)
+    assert counts["refused"] == len(refused)
+    noted = [(note["place"], note["note"]) for note in notes if note["note"].startswith("refused: ")]
+    assert noted == [(each.place, f"refused: {each.reason}") for each in refused]
+    assert counts["unread_bytes"] == sum(each.num_bytes for each in refused) <= counts["num_bytes"] == len(content)
+    assert {(row["file"], row["row"]) for row in rows} == {
+        (0, int(each.place.removeprefix(str(file)).strip(":[]"))) for each in found if isinstance(each, Row)
+    }
+    assert all(each.reason and "\n" not in each.reason for each in refused)
+    return found
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_clean_files_are_read_whole(folder: Path, bloom: Encoder, form: str):
+    found = check_nothing_is_lost(folder, FILES[form], bloom)
+    expected = [("你好", "你好")] * 5 if len(found) == 5 else [(each["instruction"], each["output"]) for each in CLEAN]
+    assert [(row.instruction, row.output) for row in found] == expected
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_no_spoilt_file_is_an_error_or_loses_a_row_unsaid(folder: Path, bloom: Encoder, form: str):
+    @examples(60)
+    @given(CHANGES)
+    def check(changes: list[tuple]) -> None:
+        check_nothing_is_lost(folder, spoil(FILES[form], changes), bloom)
+
+    check()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", [LINES, ARRAY, SPREAD], ids=["lines", "array", "objects"])
+def test_a_file_cut_anywhere_gives_every_row_before_the_cut(folder: Path, text: str, encoding: str):
+    mark = "\ufeff" if encoding.startswith("utf-16") else ""
+    content = (mark + text).encode(encoding)
+    ends = [len((mark + text[: end.end()]).encode(encoding)) for end in re.finditer("}", text)]
+
+    @examples(40)
+    @given(st.integers(0, len(content)))
+    def check(length: int) -> None:
+        (folder / "rows.json").write_bytes(content[:length])
+        rows = [each for each in read_all(folder / "rows.json") if isinstance(each, Row)]
+        # Half a line end, of UTF-16, makes its line one that cannot be read, and that is said.
+        half = text is LINES and encoding.startswith("utf-16")
+        number = sum(end <= length and not (half and length == end + 1) for end in ends)
+        assert [row.output for row in rows] == [each["output"] for each in CLEAN[:number]]
+
+    check()
+
+
+MARKS = [codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE]
+MAGIC = [b"\x1f\x8b", b"\x1f\x8b\x08\0\0\0\0\0\0\3", b"PAR1"]
+STARTS = [b"", *MARKS, *MAGIC, b"[", b'{"', b"\n\n", b'{"a":\n', b"[{},"]
+
+
+def test_no_bytes_are_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):
+    @examples(200)
+    @given(st.sampled_from(STARTS), st.binary(max_size=200))
+    def check(start: bytes, rest: bytes) -> None:
+        check_nothing_is_lost(folder, start + rest, bloom)
+
+    check()
+
+
+KEYS = sorted({name for shape in SHAPES for name in vars(shape).values() if name} | {"system", "history", "id"})
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=6)
+    | st.sampled_from([*ROLES]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def test_no_value_is_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):
+    """Values of any kind under the keys of every shape, halves of characters among them."""
+
+    @examples(150)
+    @given(st.lists(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6) | ANYTHING, max_size=6), st.booleans())
+    def check(values: list, as_lines: bool) -> None:
+        content = "".join(json.dumps(value) + "\n" for value in values) if as_lines else json.dumps(values)
+        found = check_nothing_is_lost(folder, content.encode(), bloom)
+        assert len(found) == len(values) or content.startswith("[") and as_lines
+
+    check()
+
+
+# -------------------------------------------------------------------------------------------------------- random rows
+
+PIECES = ["</s>", "<s>", "<pad>", "<|endoftext|>", "### Response:", "\n\n### Response:", "### Instruction:\n", "Human:"]
+PIECES += [
+    "\nHuman:",
+    "Assistant:",
+    "\nAssistant:",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "\x1b",
+    "\x85",
+    "\u2028",
+    "\u3000",
+]
+PIECES += [
+    "\ufeff",
+    "\ufffd",
+    "\u200b",
+    "\u0301",
+    "你好",
+    "。",
+    "😀",
+    "𠀀",
+    "e",
+    "'s",
+    "12345",
+    "{instruction}",
+    "\\u0041",
+]
+ANY_TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=6).map("".join)
+TEXT = ANY_TEXT.filter(str.strip)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Questions and replies, perhaps after a system's text, the last question perhaps with an input."""
+
+    pairs: list[tuple[str, str]]
+    system: str | None
+    input: str
+
+
+TALKS = st.builds(
+    Talk,
+    st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
+    st.none() | ANY_TEXT,
+    st.just("") | ANY_TEXT,
+).filter(lambda talk: split_history(talk.pairs[-1][0])[1] == talk.pairs[-1][0])  # no turns written into a question
+ROLE_NAMES = {role: [name for name in ROLES if ROLES[name] == role] for role in ROLES.values()}
+
+
+def record_of(talk: Talk, shape: Shape, number: int) -> dict:
+    """Write a conversation in a shape, with another name of each role in each record."""
+    if isinstance(shape, Pair):
+        *history, (question, reply) = talk.pairs
+        record = {shape.instruction: question, shape.output: reply, "system": talk.system, "history": history}
+        return record | ({shape.input: talk.input} if shape.input else {})
+    turns = [("system", talk.system)] if talk.system is not None else []
+    for question, reply in talk.pairs:
+        turns += [("user", question), ("assistant", reply)]
+    names = {role: spelt[number % len(spelt)] for role, spelt in ROLE_NAMES.items()}
+    return {shape.turns: [{shape.role: names[role], shape.content: text} for role, text in turns]}
+
+
+def messages_of(talk: Talk, shape: Shape) -> tuple[list[dict[str, str]], str]:
+    """Return the messages that the chat would have, without the last reply, and the input of a task alone."""
+    system, input = talk.system, talk.input
+    if isinstance(shape, Turns):
+        input = ""
+    else:
+        system, input = system or None, input if shape.input else ""  # no empty system here
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for question, reply in talk.pairs:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    if input and len(messages) > 2:
+        messages[-2]["content"] += f"\n{input}"
+        input = ""
+    return messages[:-1], input
+
+
+def prompts_of(messages: list[dict[str, str]], input: str) -> list[str]:
+    """Return what the chat would ask each reply of a conversation with."""
+    if input:
+        return [build_prompt(messages[0]["content"], input)]
+    asked = [number for number, message in enumerate(messages, 1) if message["role"] == "user"]
+    return [build_chat_prompt(messages[:number]) for number in asked]
+
+
+def write_talks(file: Path, talks: list[Talk], shape: Shape, form: str) -> None:
+    records = [record_of(talk, shape, number) for number, talk in enumerate(talks)]
+    if form == "lines":
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    else:
+        text = json.dumps(records, ensure_ascii=form == "ASCII array", indent=1)
+    file.write_text(text, encoding="utf-8", newline="")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_rows_of_every_shape_keep_their_texts(folder: Path, shape: Shape):
+    @examples(40)
+    @given(st.lists(TALKS, max_size=3), st.sampled_from(["lines", "array", "ASCII array"]))
+    def check(talks: list[Talk], form: str) -> None:
+        file = folder / "rows.json"
+        write_talks(file, talks, shape, form)
+        for talk, row in zip(talks, read_rows(file), strict=True):
+            messages, input = messages_of(talk, shape)
+            system = [message["content"] + "\n" for message in messages if message["role"] == "system"]
+            question, reply = messages[-1]["content"], talk.pairs[-1][1]
+            assert (row.instruction, row.input, row.output) == (question, input, reply)
+            assert (row.history, row.system, row.note) == (tuple(talk.pairs[:-1]), "".join(system), "")
+
+    check()
+
+
+def prompt_ids(row: dict) -> list[list[int]]:
+    """Return the ids of each prompt of a tokenised row."""
+    ids = iter(row["input_ids"])
+    parts = [[next(ids) for _ in range(length)] for length in row["lengths"]]
+    assert next(ids, None) is None
+    return parts[::2]
+
+
+def test_rows_are_tokenised_into_every_prompt_of_the_chat_and_every_reply(folder: Path, encoder: Encoder):
+    tokenizer = encoder.tokenizer
+
+    @examples(150)
+    @given(st.lists(TALKS, max_size=3), st.sampled_from(SHAPES))
+    def check(talks: list[Talk], shape: Shape) -> None:
+        write_talks(folder / "rows.json", talks, shape, "lines")
+        rows, _, notes = tokenised(folder, folder / "rows.json", encoder)
+        assert notes == []
+        for talk, row in zip(talks, rows, strict=True):
+            answers = [label for label in labels_of(row) if label != IGNORE_INDEX]
+            said = tokenizer.decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            assert said == "".join(reply + tokenizer.eos_token for _, reply in talk.pairs)
+            assert prompt_ids(row) == [tokenizer(prompt).input_ids for prompt in prompts_of(*messages_of(talk, shape))]
+
+    check()
+
+
+def test_rows_cut_to_any_length_keep_the_template_and_a_label(folder: Path, encoder: Encoder):
+    tokenizer = encoder.tokenizer
+    shortest = len(tokenizer(build_prompt("-", "-")).input_ids) + 2
+    frames = [prompt.partition("{instruction}")[::2] for prompt in (PROMPT_INPUT, PROMPT_NO_INPUT)]
+    between, end = frames[0][1].split("{input}")
+
+    @examples(150)
+    @given(st.lists(TALKS, max_size=3), st.integers(0, 60), st.sampled_from(SHAPES[:6]))
+    def check(talks: list[Talk], room: int, shape: Shape) -> None:
+        encoder.max_length = shortest + room
+        write_talks(folder / "rows.json", talks, shape, "lines")
+        rows, _, _ = tokenised(folder, folder / "rows.json", encoder)
+        assert sum(len(row["lengths"]) for row in rows) == 2 * sum(len(talk.pairs) for talk in talks)
+        for row in rows:
+            assert min(row["lengths"]) > 0
+            assert sum(row["lengths"]) == row["length"] <= encoder.max_length
+            assert row["labelled"] == sum(label != IGNORE_INDEX for label in labels_of(row))
+            has_input = len(row["lengths"]) == 2 and bool(messages_of(talks[row["row"] - 1], shape)[1])
+            for prompt in map(tokenizer.decode, prompt_ids(row)):
+                assert prompt.startswith(frames[not has_input][0])
+                assert prompt.endswith(end)
+                assert between in prompt or not has_input
+
+    try:
+        check()
+    finally:
+        encoder.max_length = LONG

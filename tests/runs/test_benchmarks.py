@@ -1,0 +1,190 @@
+"""The benchmarks at the smallest size: every way trains on the same tokens, and equal ways have equal losses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu, measure, throughput
+from benchmarks.throughput import Meter
+from support.project import PROJECT, SAMPLE
+
+
+def run(module: str, *arguments: object, timeout: float = 300) -> str:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
+    ways = ["plain", "padded", "ours", "plain-packed", "ours-packed", *(["trl-padded"] if find_spec("trl") else [])]
+    given = ["--shape", "bloom-tiny", "--data", SAMPLE, "--steps", 2, "--warmup", 1, "--max_length", 512]
+    printed = run("benchmarks.throughput", *given, "--output", tmp_path, "--ways", *ways)
+    name = next(tmp_path.glob("*.json")).stem
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert list(results) == ways
+    for way in set(ways) - {"plain-packed", "ours-packed"}:
+        assert results[way]["losses"] == pytest.approx(results["plain"]["losses"], abs=1e-4), way
+        assert results[way]["tokens"] == results["plain"]["tokens"], way
+        assert results[way]["labels"] == results["plain"]["labels"], way
+    assert results["ours-packed"]["tokens"] == results["plain-packed"]["tokens"]
+    assert results["ours-packed"]["leak"] < 1e-5 < 1e-2 < results["plain-packed"]["leak"]
+    assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for result in results.values())
+    table = (tmp_path / f"{name}.md").read_text()
+    assert table.count("\n| ") == 2 + len(ways) and table in printed
+
+
+@pytest.mark.parametrize("way", ["stock", "ours"])
+def test_memory_above_the_model_grows_with_the_row(way):
+    given = ["--shape", "bloom-demo", "--only", way]
+    short, long = (json.loads(run("benchmarks.memory", *given, length))["bytes"] for length in (512, 2048))
+    assert 0 < short < long
+
+
+def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_model: Callable[[str], Path]):
+    given = ["--shape", "bloom-tiny", "--prompt_tokens", 8, "--new_tokens", 4, "--rounds", 1, "--rows", 3]
+    printed = run(
+        "benchmarks.generation",
+        *given,
+        "--checkpoint",
+        make_model("bloom-tiny"),
+        "--data",
+        SAMPLE,
+        "--output",
+        tmp_path,
+    )
+    name = next(tmp_path.glob("*.json")).stem
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert list(results) == ["fp32", "bf16", "int8"]
+    assert all(result["tokens_per_second"] > 0 for result in results.values())
+    assert results["fp32"]["kl"] == 0
+    assert all(0 < results[way]["kl"] < 2e-3 for way in ("bf16", "int8"))
+    assert results["fp32"]["agreement"] == 1 >= results["int8"]["agreement"] > 0.9
+    assert results["bf16"]["bytes"] < results["int8"]["bytes"] < results["fp32"]["bytes"]
+    assert (tmp_path / f"{name}.md").read_text().split("\n\n")[-1] in printed
+
+
+def test_a_trimmed_model_trains_on_the_same_tokens(tmp_path: Path):
+    given = ["--shape", "bloom-tiny", "--vocab_size", 600, "--steps", 1, "--max_length", 256, "--output", tmp_path]
+    printed = run("benchmarks.trim_vocab", *given)
+    results = json.loads((tmp_path / "trim-vocab-bloom-tiny-cpu.json").read_text())["results"]
+    whole, trimmed = results["whole"], results["trimmed"]
+    assert whole["parameters"] - trimmed["parameters"] == (1024 - 600) * 64
+    assert (whole["tokens"], whole["labels"]) == (trimmed["tokens"], trimmed["labels"])
+    assert "| trimmed: 600 tokens | 138,624 | 83.6% |" in printed
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_every_item_on_a_cpu_with_tiny_shapes(tmp_path: Path):
+    printed = run("benchmarks.gpu", "--minutes", 8, "--output", tmp_path, timeout=600)
+    saved = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    figures = saved["figures"]
+    assert [figure for figure in figures if figure["what"] == "FAILED" or "failed" in figure] == []
+    assert list(dict.fromkeys(figure["item"] for figure in figures)) == list(gpu.ITEMS)
+    assert not any("left out" in figure["what"] for figure in figures), "the time was over"
+    for name in ("output off by", "gradient off by", "hidden gradient off by", "weight gradient off by"):
+        errors = [figure[name] for figure in figures if name in figure]
+        assert errors and max(errors) < 0.01, name
+    speeds = [figure for figure in figures if figure["item"] == "speed"]
+    assert all(figure["tokens/s"] > 0 for figure in speeds)
+    assert all(figure["leak"] < 1e-5 for figure in speeds if figure["leak"] is not None)
+    [start, again] = [figure for figure in figures if figure["item"] == "train" and "seconds" in figure]
+    assert "goes on from" not in start and again["goes on from"] == "checkpoint-10"
+    assert len([line for line in printed.splitlines() if " s  " in line]) == len(figures)
+
+
+def test_an_item_that_fails_or_dies_is_said_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = tmp_path / "sitecustomize.py"
+    broken.write_text(
+        "import os, sys\n"
+        "if '--worker' in sys.argv:\n"
+        "    from benchmarks import gpu, gpu_kernels\n"
+        "    def fails(given):\n"
+        "        yield 'first', {'x': 1.0}\n"
+        "        raise ValueError('of its own')\n"
+        "    def dies(given):\n"
+        "        os._exit(9)\n"
+        "        yield\n"
+        "    gpu_kernels.attention_exact, gpu_kernels.loss_exact = fails, dies\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
+    items = ["attention_exact", "loss_exact", "machine"]
+    run("benchmarks.gpu", "--output", tmp_path, "--items", *items)
+    figures = json.loads((tmp_path / "gpu-cpu.json").read_text())["figures"]
+    told = [(figure["item"], figure["what"]) for figure in figures]
+    assert told[:3] == [("attention_exact", "first"), ("attention_exact", "FAILED"), ("loss_exact", "FAILED")]
+    assert figures[1]["reason"] == "ValueError: of its own" and figures[2]["exit code"] == 9
+    assert told[3] == ("machine", "versions")
+
+
+def test_what_is_named_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    assert measure.processor(uses_gpu=True) == "NVIDIA H100 PCIe" != measure.processor(uses_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_is_that_of_the_cards_form(name: str, tflops: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert measure.peak_flops() == (tflops and tflops * 1e12)
+
+
+def test_the_clock_starts_when_nothing_is_compiled_any_more_and_counts_stay_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    compilations, clock = iter([3, 5, 5, 5, 5]), iter([10.0, 14.0])
+    monkeypatch.setattr(measure, "num_compilations", lambda: next(compilations))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter, control = Meter(warmup=1, steps=2), SimpleNamespace(should_training_stop=False)
+    labels = torch.tensor([[-100, 4, 5]])
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host waits for the device"))
+    for step in range(1, 6):
+        meter.count({"labels": labels, "position_ids": torch.arange(3)[None]})
+        meter.loss += torch.tensor(float(step))
+        meter.on_step_end(None, SimpleNamespace(global_step=step), control)
+        if control.should_training_stop:
+            break
+    monkeypatch.undo()
+    assert step == 5, "steps 1 and 2 compile, 3 is the first that does not, 4 and 5 are measured"
+    found = meter.results()
+    assert (found["tokens"], found["labels"], found["squares"], found["seconds"]) == (6, 4, 18, 4.0)
+    assert found["losses"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [
+        ("throughput", ["--data", "nowhere"], "--data nowhere does not exist"),
+        ("gpu", ["--part", "3"], "--part"),
+        ("gpu", ["--data", "nowhere"], "--data nowhere does not exist"),
+        ("throughput", [], "the following arguments are required: --data"),
+        ("memory", ["--no_such_flag"], "--no_such_flag"),
+        ("trim_vocab", ["--vocab_size", "1024"], "--vocab_size 1024 is not 512 to 1,023"),
+        ("generation", ["--checkpoint", "x"], "--checkpoint and --data belong together"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected):
+    shape = [] if module == "gpu" else ["--shape", "bloom-tiny"]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *shape, *given]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr

@@ -1,0 +1,183 @@
+"""Dirt in files: gzip and Parquet, whole and broken, links, folders and what else has a shard's name; and all kinds."""
+
+import codecs
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from support.dirt import (
+    CANNOT_GO_ON,
+    CHAT,
+    GOOD,
+    Kind,
+    array,
+    array_kinds,
+    encoding_kinds,
+    line_kinds,
+    lines,
+    row,
+    value_kinds,
+)
+
+CANNOT_BE_READ = "cannot be read ("
+
+# ---------------------------------------------------------------------------------------------------------------- gzip
+
+
+def flushed(text: str) -> bytes:
+    """Return gzip's bytes of a text, all of which can be unpacked, though more should follow."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(text.encode()) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
+def gzip_kinds() -> list[Kind]:
+    whole = gzip.compress(lines(*GOOD).encode())
+    utf16 = gzip.compress(codecs.BOM_UTF16_LE + array(*GOOD).encode("utf-16-le"))
+    two = gzip.compress(lines(*GOOD[:2]).encode()) + gzip.compress(lines(GOOD[2]).encode())
+    nothing = {":1": CANNOT_GO_ON}
+    return [
+        Kind("gzip", whole, name="gzip.jsonl.gz"),
+        Kind("gzip of an array in UTF-16", utf16, name="gzip16.json.gz"),
+        Kind("gzip named .json", whole),
+        Kind("gzip of two members", two, name="two.json.gz"),
+        Kind("gzip of nothing", gzip.compress(b""), [], name="nothing.json.gz"),
+        Kind("gzip cut, lines", flushed(lines(*GOOD)[:-6]), GOOD[:2], {":3": CANNOT_GO_ON}),
+        Kind("gzip cut, array", flushed(array(*GOOD)[:-6]), GOOD[:2], {"[2]": CANNOT_GO_ON}),
+        Kind("gzip cut in its header", b"\x1f\x8b\x08", [], nothing),
+        Kind("gzip of an unknown method", b"\x1f\x8b\x07abcdefg", [], nothing),
+        Kind("gzip, then rubbish", b"\x1f\x8b" + b"rubbish" * 99, [], nothing),
+        Kind("gzip with rubbish behind it", whole + b"rubbish", GOOD, {":4": CANNOT_GO_ON}),
+        Kind("text named .gz", lines(*GOOD).encode(), name="text.json.gz"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- parquet
+
+
+def parquet_bytes(table: pa.Table | list[dict], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(table if isinstance(table, pa.Table) else pa.Table.from_pylist(table), buffer, **options)
+    return buffer.getvalue()
+
+
+def broken_half() -> bytes:
+    """Return a thousand rows that can be read, and a thousand behind them that cannot."""
+    content = parquet_bytes(GOOD[:1] * 2000, row_group_size=1000, use_dictionary=False, compression="zstd")
+    column = parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(1).column(0)
+    start, length = column.data_page_offset, column.total_compressed_size
+    return content[:start] + b"x" * length + content[start + length :]
+
+
+def parquet_kinds() -> list[Kind]:
+    whole, texts = parquet_bytes(GOOD), {"instruction": ["甲"] * 3, "output": ["一"] * 3}
+    kept, unread = [row(instruction="甲", input="", output="一")] * 2, "holds a value that cannot be read ("
+    not_utf8 = pa.array([b"a", b"\xff", b"b"]).cast(pa.string(), safe=False)
+    bad_seconds = {
+        "bytes that are not UTF-8": ({"more": not_utf8}, "holds bytes that are not UTF-8"),
+        "a date beyond Python's": ({"more": pa.array([0, 2**30, 0], pa.date32())}, unread),
+        "one null": ({"output": ["一", None, "一"]}, '"output" is None; expected a string'),
+    }
+    twice = pa.table([["甲"], ["一"], ["二"]], ["instruction", "output", "output"])
+    refused = dict.fromkeys(("[0]", "[1]"))
+    return [
+        *(
+            Kind(f"parquet of {name}", parquet_bytes(pa.table(texts | columns)), kept, {"[1]": said})
+            for name, (columns, said) in bad_seconds.items()
+        ),
+        Kind("parquet", whole, name="whole.parquet"),
+        Kind("parquet named .json", whole),
+        Kind("parquet of conversations", parquet_bytes([CHAT, CHAT]), [GOOD[0]] * 2, name="chat.parquet"),
+        Kind("parquet of no rows", parquet_bytes(pa.table(texts).slice(0, 0)), [], name="no rows.parquet"),
+        Kind("text named .parquet", lines(*GOOD).encode(), name="text.parquet"),
+        Kind("parquet of other columns", parquet_bytes([{"text": "甲"}]), [], {"[0]": "shape, with ['text']"}),
+        Kind(
+            "parquet of a null column",
+            parquet_bytes([{"instruction": "甲", "output": None}] * 2),
+            [],
+            refused | {place: '"output" is None; expected a string' for place in refused},
+        ),
+        Kind(
+            "parquet of numbers",
+            parquet_bytes([{"instruction": 1, "output": 2}] * 2),
+            [],
+            refused | {place: '"instruction" is 1; expected a string' for place in refused},
+        ),
+        Kind("parquet of a column twice", parquet_bytes(twice), [], {"[0]": "a key stands twice among ['instruction'"}),
+        Kind("parquet cut", whole[:-20], [], {"[0]": CANNOT_BE_READ}),
+        Kind("parquet of four bytes", b"PAR1", [], {"[0]": CANNOT_BE_READ}),
+        Kind("parquet broken in the middle", broken_half(), GOOD[:1] * 1000, {"[1000]": CANNOT_BE_READ}),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write_good(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(lines(*GOOD), encoding="utf-8")
+    return file
+
+
+def link_to(target: str, has_target: bool = False) -> Callable[[Path], None]:
+    def make(file: Path) -> None:
+        file.symlink_to(target)
+        if has_target:
+            write_good(file.with_name(target))
+
+    return make
+
+
+def make_circle(file: Path) -> None:
+    file.symlink_to("circle.link")
+    file.with_name("circle.link").symlink_to(file.name)
+
+
+def make_loop(file: Path) -> None:
+    write_good(file)
+    (file.parent / "again").symlink_to(".")
+    (file.parent / "below").mkdir()
+    (file.parent / "below" / "up").symlink_to("..")
+
+
+def make_hidden(file: Path) -> None:
+    write_good(file)
+    for name in (".hidden.json", ".ipynb_checkpoints/rows.json", "rows.txt", "rows.json.bak", "sub/.git/rows.json"):
+        write_good(file.parent / name)
+
+
+def make_unreadable(file: Path) -> None:
+    write_good(file).chmod(0)
+
+
+def file_kinds() -> list[Kind]:
+    no_file = {":0": "not a file"}
+    missing, circle = ({":0": f"{CANNOT_BE_READ}[Errno {number}]"} for number in (2, 40))
+    read = os.geteuid() == 0  # root may read any file
+    unreadable = [] if read else {":0": f"{CANNOT_BE_READ}[Errno 13]"}
+    odd_name = os.fsdecode("数据".encode("gbk") + b".json")
+    return [
+        Kind("folder with a shard's name", write_good, name="folder.json/rows.json"),
+        Kind("link", link_to("rows.txt", has_target=True)),
+        Kind("link to nothing", link_to("nowhere"), [], missing),
+        Kind("circle of links", make_circle, [], circle),
+        Kind("folders in a circle", make_loop, name="loop/rows.json"),
+        Kind("hidden files around", make_hidden, name="seen/rows.json"),
+        Kind("unreadable", make_unreadable, GOOD if read else [], {} if read else unreadable),
+        Kind("pipe", os.mkfifo, [], no_file),
+        Kind("device", link_to("/dev/zero"), [], no_file),
+        Kind("name in GBK", write_good, name=odd_name),
+        Kind("name in capitals", write_good, name="数 据.JSONL"),
+    ]
+
+
+KINDS = [
+    kind
+    for kinds in (value_kinds, encoding_kinds, line_kinds, array_kinds, gzip_kinds, parquet_kinds, file_kinds)
+    for kind in kinds()
+]

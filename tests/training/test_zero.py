@@ -1,0 +1,278 @@
+"""Offload in DeepSpeed's configuration, its estimates of memory, and machines that cannot build it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+from sft.program import UserError
+from sft.training import zero
+from sft.training.zero import (
+    OFFLOADS,
+    check_machine,
+    ranks_a_host,
+    read_configuration,
+    size_buffers,
+    stage_of,
+    state_bytes,
+)
+from support.project import PROJECT
+
+CPU = {"device": "cpu", "pin_memory": False}
+
+
+def shipped(stage: int) -> str:
+    return str(PROJECT / f"ds_zero{stage}_config.json")
+
+
+def offloads_of(configuration: dict) -> dict[str, dict]:
+    return {name: value for name, value in configuration["zero_optimization"].items() if name.startswith("offload_")}
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_shipped_file_is_read_as_it_is(stage, pin_memory):
+    configuration = read_configuration(shipped(stage), "none", None, pin_memory)
+    assert configuration == json.loads(Path(shipped(stage)).read_text())
+    assert offloads_of(configuration) == {}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_optimizer_states_go_to_the_hosts_memory(stage, pin_memory):
+    configuration = read_configuration(shipped(stage), "optimizer", None, pin_memory)
+    assert offloads_of(configuration) == {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
+    del configuration["zero_optimization"]["offload_optimizer"]
+    assert configuration == read_configuration(shipped(stage), "none", None, pin_memory)
+
+
+def test_all_states_go_to_the_hosts_memory():
+    configuration = read_configuration(shipped(3), "all", None, False)
+    assert offloads_of(configuration) == {"offload_optimizer": CPU, "offload_param": CPU}
+
+
+@pytest.mark.parametrize(
+    ("offload", "names"), [("optimizer", {"offload_optimizer"}), ("all", {"offload_optimizer", "offload_param"})]
+)
+def test_states_go_to_files_in_a_folder(offload, names):
+    found = offloads_of(read_configuration(shipped(3), offload, "/nvme/here", True))
+    target = {"device": "nvme", "nvme_path": "/nvme/here", "pin_memory": True}
+    assert found == dict.fromkeys(names, target)
+
+
+@pytest.mark.parametrize(
+    ("offload", "folder", "said"),
+    [
+        ("all", None, "does not offload weights"),
+        ("all", "/nvme", "does not offload weights"),
+        ("optimizer", "/nvme", "does not offload anything to a disk"),
+    ],
+)
+def test_stage_2_refuses_what_it_cannot_offload(offload, folder, said):
+    with pytest.raises(UserError) as caught:
+        read_configuration(shipped(2), offload, folder, False)
+    assert str(caught.value).startswith(f"ZeRO-2 {said}") and "type ZERO_STAGE=3" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_folder_for_nothing_that_is_offloaded_is_refused(stage):
+    with pytest.raises(UserError, match="^--offload_dir /nvme is given and nothing is offloaded; type OFFLOAD="):
+        read_configuration(shipped(stage), "none", "/nvme", False)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{bad", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 3}', b"\xff\xfe{"]
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        read_configuration(str(file), "none", None, False)
+    assert str(caught.value).startswith(f"--deepspeed {file} is no DeepSpeed configuration")
+    assert "ds_zero2_config.json or ds_zero3_config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_stage_is_that_of_the_configuration(stage):
+    assert stage_of(SimpleNamespace(deepspeed=read_configuration(shipped(stage), "none", None, False))) == stage
+
+
+def test_without_deepspeed_the_stage_is_0():
+    assert stage_of(SimpleNamespace(deepspeed=None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "world_size", "buffer_size"),
+    [(250_880, 4, 256_901_120), (250_880, 3, 342_534_827), (65_024, 4, 100_000_000)],
+)
+def test_buffers_for_weights_on_a_disk_hold_a_ranks_share_of_the_embeddings(vocab_size, world_size, buffer_size):
+    configuration = read_configuration(shipped(3), "all", "/nvme", False)
+    args = SimpleNamespace(
+        offload="all",
+        offload_dir="/nvme",
+        world_size=world_size,
+        hf_deepspeed_config=SimpleNamespace(config=configuration),
+    )
+    size_buffers(args, SimpleNamespace(vocab_size=vocab_size, hidden_size=4096))
+    assert offloads_of(configuration)["offload_param"]["buffer_size"] == buffer_size
+    assert "buffer_size" not in offloads_of(configuration)["offload_optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("offload", "folder"), [("none", None), ("optimizer", None), ("optimizer", "/nvme"), ("all", None)]
+)
+def test_other_offload_needs_no_larger_buffers(offload, folder):
+    configuration = read_configuration(shipped(3), offload, folder, False)
+    before = json.dumps(configuration)
+    args = SimpleNamespace(
+        offload=offload, offload_dir=folder, world_size=1, hf_deepspeed_config=SimpleNamespace(config=configuration)
+    )
+    size_buffers(args, SimpleNamespace(vocab_size=250_880, hidden_size=4096))
+    assert json.dumps(configuration) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+@pytest.mark.parametrize("a_host", [1, 2, 8])
+def test_zero_3_takes_what_deepspeed_estimates(offload, hosts, a_host):
+    on_host, on_device, _ = estimate_zero3_model_states_mem_needs(
+        1430, 1000, a_host, hosts, cpu_offload=offload != "none", cpu_offload_params=offload == "all"
+    )
+    assert state_bytes(3, offload, 1430, 1000, a_host, hosts) == (on_device, on_host)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+@pytest.mark.parametrize("a_host", [1, 2, 8])
+def test_zero_2_takes_what_deepspeed_estimates(offload, hosts, a_host):
+    on_host, on_device = estimate_zero2_model_states_mem_needs(1430, a_host, hosts, cpu_offload=offload != "none")
+    assert state_bytes(2, offload, 1430, 1000, a_host, hosts) == (on_device, on_host)
+
+
+def test_the_arithmetic_of_two_hosts_with_four_devices_each():
+    # The largest module's weights in 32 bits and an eighth of 18 bytes a parameter; 1.5 times 4 gathered ones a host.
+    assert state_bytes(3, "none", 1430, 1000, 4, 2) == (4 * 1000 + 18 * 1430 // 8, 4 * 4 * 1000 * 1.5)
+    # The weights in 16 bits; 16 bytes a parameter, halved over two hosts, and half as much again.
+    assert state_bytes(3, "optimizer", 1430, 1000, 4, 2) == (4000 + 2 * 1430 // 8, 16 * 1430 / 2 * 1.5)
+    assert state_bytes(3, "all", 1430, 1000, 4, 2) == (4000, 18 * 1430 / 2 * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "a_host"), [({}, 4), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}, 2)]
+)
+def test_the_ranks_of_a_host_are_those_its_launcher_says(monkeypatch, environment, a_host):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_a_host(SimpleNamespace(world_size=4)) == a_host
+
+
+# ------------------------------------------------------------------------------------------------------------- machine
+
+# What ninja says where a header is not there, its command lines cut short.
+NINJA = """Error building extension 'cpu_adam': [1/3] c++ -MMD -I/usr/include -O3 -c x.cpp
+FAILED: cpu_adam.o
+c++ -MMD -MF cpu_adam.o.d -DTORCH_EXTENSION_NAME=cpu_adam -I/usr/include -fPIC -O3 -c cpu_adam.cpp -o cpu_adam.o
+    cpu_adam.cpp:7:10: fatal error: cpu_adam.h: No such file or directory
+    7 | #include "cpu_adam.h"
+compilation terminated.
+ninja: build stopped: subcommand failed.
+"""
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that torch builds extensions in."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(zero, "get_default_build_root", lambda: str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, builds: Path) -> Callable[..., list[str]]:
+    """Return a function that checks a machine whose builders end so, and gives the names of those that were built."""
+
+    def build(offload_dir: str | None = None, has_libaio: bool = True, **errors: BaseException) -> list[str]:
+        built = []
+
+        def load(builder: CPUAdamBuilder | AsyncIOBuilder, verbose: bool = True) -> None:
+            built.append(builder.name)
+            if builder.name in errors:
+                raise errors[builder.name]
+
+        monkeypatch.setattr(CPUAdamBuilder, "load", load)
+        monkeypatch.setattr(AsyncIOBuilder, "load", load)
+        monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda builder, verbose=True: has_libaio)
+        check_machine(SimpleNamespace(offload="optimizer", offload_dir=offload_dir))
+        return built
+
+    return build
+
+
+def test_a_machine_that_builds_everything_passes(build):
+    assert build() == ["cpu_adam"]
+    assert build("/nvme") == ["cpu_adam", "async_io"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(NINJA), "cpu_adam.cpp:7:10: fatal error: cpu_adam.h: No such file or directory"),
+        (RuntimeError("Ninja is required to load C++ extensions\nmore"), "Ninja is required to load C++ extensions"),
+        (OSError("CUDA_HOME environment variable is not set"), "CUDA_HOME environment variable is not set"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_build_that_fails_is_one_line_with_the_compilers_own(build, error, reason):
+    with pytest.raises(UserError) as caught:
+        build(cpu_adam=error)
+    message = str(caught.value)
+    assert message.startswith(f"--offload optimizer needs DeepSpeed's cpu_adam, which cannot be built here: {reason};")
+    assert "install g++" in message and "type --offload none" in message
+    assert "\n" not in message and len(message) < 400
+
+
+def test_a_build_that_fails_for_the_disk_names_its_builder(build):
+    with pytest.raises(UserError, match="needs DeepSpeed's async_io, which cannot be built here: no aio;"):
+        build("/nvme", async_io=RuntimeError("no aio"))
+
+
+def test_a_disk_without_libaio_names_the_package(build):
+    with pytest.raises(UserError, match="--offload_dir needs libaio; .* apt install libaio-dev"):
+        build("/nvme", has_libaio=False)
+    assert build(has_libaio=False) == ["cpu_adam"]
+
+
+@pytest.mark.parametrize("place", ["py311_cpu/cpu_adam", "own/cpu_adam"])
+@pytest.mark.parametrize(("minutes", "is_left_over"), [(0, False), (20, False), (40, True)])
+def test_a_lock_that_a_killed_build_left_is_named_and_no_other(
+    build, builds, monkeypatch, place, minutes, is_left_over
+):
+    lock = builds / place / "lock"
+    if place.startswith("own"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(builds / "own"))
+        monkeypatch.setattr(zero, "get_default_build_root", lambda: str(builds / "another"))
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 60 * minutes,) * 2)
+    if is_left_over:
+        with pytest.raises(UserError, match=f"^{lock} is what a killed build left, .*; delete it$"):
+            build()
+    else:
+        assert build() == ["cpu_adam"]
