@@ -1,9 +1,9 @@
-"""Fine-tune BLOOM, Falcon or another causal language model on instruction rows, all weights, loss on the answers only.
+"""Fine-tune BLOOM, Falcon or another causal language model on instructions, with the loss on the answers only.
 
     python train_sft.py --model_name_or_path bigscience/bloom-560m --data_path data_proj/opendata \\
         --output_dir output_dir/bloom-560m [any flag of transformers.TrainingArguments]
 
-Running the same command again goes on from the newest complete checkpoint in --output_dir.
+Run the same command again to resume from the newest complete checkpoint in --output_dir.
 Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md); Apache-2.0.
 """
 
@@ -11,9 +11,7 @@ import difflib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import transformers
-from datasets import Dataset
+import torch
 from peft import PeftModel
 from transformers import (
     GenerationConfig,
@@ -23,25 +21,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sft.data.collate import flatten
 from sft.data.encode import Encoder, check_length
-from sft.data.load import DataReport, flatten, load_examples
-from sft.data.packing import PackedDataset
+from sft.data.load import hold_out, load_examples
+from sft.data.packing import PackedSequences
+from sft.data.report import NOTES, DataReport, print_data, write_data_report
+from sft.data.sequences import SampleSequences, Sequences
 from sft.data.shards import find_shards
-from sft.data.streaming import StreamedRows, first_of
+from sft.data.streaming import StreamedSequences
 from sft.model import lora, patch
 from sft.model.load import load_config, load_model, load_tokenizer, locate
-from sft.model.lora import LoraArguments
 from sft.plan import plan
-from sft.plan.plan import PlanArguments
 from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
-from sft.training import arguments, disk, precision, resume, summary, zero
-from sft.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from sft.training import arguments, disk, resume, summary, zero
+from sft.training.arguments import DataArguments, ModelArguments, PlanArguments, TrainingArguments
 from sft.training.model_card import model_card
 from sft.training.trainer import Trainer
 
-Rows = Dataset | PackedDataset | StreamedRows
 # ---------------------------------------------------------------------------------------------------------- arguments
-
 
 # Flags of Alpaca-style commands that transformers has since renamed.
 RENAMED_FLAGS = {
@@ -54,10 +51,9 @@ class Parser(OneLineErrors, HfArgumentParser):
     """A parser of dataclasses with errors of one line."""
 
 
-def parse_arguments() -> tuple[ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments]:
+def parse_arguments() -> tuple[ModelArguments, DataArguments, PlanArguments, TrainingArguments]:
     """Read the command line; raise UserError on a flag or value that does not fit."""
-    dataclasses = (ModelArguments, DataArguments, LoraArguments, PlanArguments, TrainingArguments)
-    parser = Parser(dataclasses, allow_abbrev=False)
+    parser = Parser((ModelArguments, DataArguments, PlanArguments, TrainingArguments), allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, OSError) as error:
@@ -75,26 +71,31 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, LoraArguments, Pla
 
 def make_model(
     location: str,
+    config: PretrainedConfig,
     model_args: ModelArguments,
-    lora_args: LoraArguments,
     training_args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel | PeftModel:
-    """Load the model for flat rows, all that is trained in fp32; autocast or DeepSpeed computes in less."""
+    """Load the model for flat batches; weights that are trained are fp32, autocast or DeepSpeed computes in less."""
     if training_args.deepspeed:
         # ZeRO-3 splits the weights while they are read, so the ranks must know of each other by now.
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if training_args.use_cpu else "nccl")
-    dtype, quantization = lora.weights_dtype(lora_args, training_args), lora.quantization(lora_args, training_args)
-    model = load_model(location, dtype, training_args.cache_dir, quantization)
+        zero.size_buffers(training_args.hf_deepspeed_config.config, config, training_args.world_size)
+    lora_config = model_args.lora_config
+    dtype = training_args.compute_dtype if lora_config else torch.float32
+    in_4_bits = lora.quantization(training_args.compute_dtype) if model_args.load_in_4bit else None
+    model = load_model(location, dtype, training_args.cache_dir, in_4_bits)
     special_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.config.update(special_tokens)
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
     patch.install(model)
     if training_args.compile_blocks and not training_args.activation_checkpointing:
         patch.compile_blocks(model)
-    return lora.add(model, lora_args, model_args.model_name_or_path, training_args.seed) if lora_args.lora_r else model
+    if lora_config:
+        return lora.add(model, lora_config, model_args.model_name_or_path, training_args.seed)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -102,8 +103,8 @@ def make_model(
 
 def make_data(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, Dataset | None, dict[str, DataReport]]:
-    """Return the rows to train on, the examples held out (None without any), and a report on each file or folder."""
+) -> tuple[Sequences, SampleSequences | None, dict[str, DataReport]]:
+    """Return the sequences to train on, those held out (None without any), and a report on each file or folder."""
     load = partial(
         load_examples,
         tokenizer=tokenizer,
@@ -111,60 +112,50 @@ def make_data(
         dedup=data_args.dedup,
         num_workers=data_args.preprocessing_num_workers,
     )
-    reports, train_dataset, eval_dataset = {}, None, None
+    samples, held_out, reports = None, None, {}
     if not data_args.streaming:
-        train_dataset, reports["data"] = load(data_args.data_path)
+        samples, reports["data"] = load(data_args.data_path)
     if data_args.eval_data_path:
-        eval_dataset, reports["held out"] = load(data_args.eval_data_path, flag="--eval_data_path")
-    tell_of_data(data_args, training_args, reports)
+        held_out, reports["held out"] = load(data_args.eval_data_path, flag="--eval_data_path")
+    report_data(data_args, training_args, reports)
+    if data_args.eval_fraction and not data_args.eval_data_path:
+        samples, held_out = hold_out(samples, data_args.eval_fraction, training_args.seed)
     if data_args.streaming:
-        train_dataset = stream_rows(data_args, training_args, tokenizer)
-    elif data_args.eval_fraction and not data_args.eval_data_path:
-        train_dataset, eval_dataset = hold_out(train_dataset, data_args.eval_fraction, training_args.seed)
-    if eval_dataset is not None and training_args.eval_strategy == "no":
-        training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
-    if data_args.packing and not data_args.streaming:
-        train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
-    return train_dataset, eval_dataset, reports
+        train_dataset = stream(data_args, training_args, tokenizer)
+    elif data_args.packing:
+        train_dataset = PackedSequences(samples, training_args.model_max_length, training_args.seed)
+    else:
+        train_dataset = SampleSequences(samples)
+    return train_dataset, SampleSequences(held_out) if held_out is not None else None, reports
 
 
-def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
+def report_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
     """Print and write what became of the rows; raise UserError if too many are refused, or none is left."""
-    notes = Path(training_args.output_dir, summary.NOTES)
+    notes = Path(training_args.output_dir, NOTES)
     if training_args.process_index == 0:
         try:
-            summary.write_data_report(reports.values(), notes)
+            write_data_report(reports.values(), notes)
         except OSError as error:
             raise OneRankError(
-                f"{notes} cannot be written: {one_line(error)}; free the disk, or give another --output_dir"
+                f"{notes} cannot be written: {one_line(error)}; free disk space, or give another --output_dir"
             ) from None
-        for name, data_report in reports.items():
-            summary.print_data(name, data_report)
-    paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
-    for name, data_report in reports.items():
-        if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
-            raise UserError(f"{' '.join(paths[name])} {wrong}; {notes} lists what was refused")
+        for name, report in reports.items():
+            print_data(name, report)
+    paths = {"data": f"--data_path {data_args.data_path}", "held out": f"--eval_data_path {data_args.eval_data_path}"}
+    for name, report in reports.items():
+        if wrong := report.what_is_wrong(data_args.max_bad_fraction):
+            raise UserError(f"{paths[name]} {wrong}; {notes} lists what was refused")
 
 
-def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a share of the rows off, at least one, chosen by `seed`."""
-    if len(examples) < 2:
-        raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
-    num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    order = np.random.default_rng(seed).permutation(len(examples))
-    parts = (order[num_held_out:], order[:num_held_out])
-    return tuple(examples.select(part, keep_in_memory=True) for part in parts)
-
-
-def stream_rows(
+def stream(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> StreamedRows:
-    """Return this rank's rows, read while it trains on them."""
+) -> StreamedSequences:
+    """Return this rank's sequences, tokenised while it trains on them."""
     check_length(tokenizer)
-    return StreamedRows(
+    return StreamedSequences(
         files=find_shards(data_args.data_path),
         encoder=Encoder(tokenizer),
-        notes=Path(training_args.output_dir, summary.NOTES),
+        notes=Path(training_args.output_dir, NOTES),
         max_bad_fraction=data_args.max_bad_fraction,
         packing=data_args.packing,
         shuffle=training_args.train_sampling_strategy == "random",
@@ -174,67 +165,11 @@ def stream_rows(
     )
 
 
-def examples_share_rows(
-    data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]
-) -> bool:
-    """Tell whether a flat row may hold more than one example."""
-    is_evaluated = data_args.eval_data_path or data_args.eval_fraction
-    batch_size = max(training_args.train_batch_size, training_args.eval_batch_size if is_evaluated else 1)
-    have_turns = data_args.streaming or any(data_report.counts.conversations for data_report in reports.values())
+def shares_batches(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> bool:
+    """Tell whether a flat batch may hold more than one example."""
+    batch_size = max(training_args.train_batch_size, training_args.eval_batch_size if data_args.holds_out else 1)
+    have_turns = data_args.streaming or any(report.counts.conversations for report in reports.values())
     return data_args.packing or batch_size > 1 or have_turns
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
-def prepare_run(
-    training_args: TrainingArguments, lora_args: LoraArguments, config: PretrainedConfig, rows: Rows
-) -> tuple[dict, Path | None]:
-    """Return the run's settings, kept with its checkpoints, and the checkpoint that it goes on from, if any.
-
-    Raises UserError if that one was made with others, or the disk has no room for those to come.
-    """
-    disk.check_shared(training_args)
-    stage, (num_steps, num_epochs) = zero.stage_of(training_args), summary.count_steps(training_args, rows)
-    model_settings = lora.settings_of(lora_args, config)
-    settings = resume.settings_of(training_args, rows, stage, model_settings)
-    resumed = resume.find(training_args, settings, num_steps)
-    in_16_bits, num_trained = training_args.bf16 or training_args.fp16, model_settings["trained parameters"]
-    num_bytes = disk.checkpoint_bytes(num_trained, stage, in_16_bits, training_args.save_only_model)
-    merged_bytes = lora.merged_bytes(lora_args, training_args, model_settings["parameters"])
-    disk.check_room(training_args, num_steps, num_epochs, num_bytes, merged_bytes)
-    return settings, resumed
-
-
-def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
-    """Print what this run is about to do, and one example as the model sees it."""
-    args, model = trainer.args, trainer.model
-    num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
-    lines = {
-        "model": summary.model_line(model.config, trainer.settings),
-        "examples": f"{summary.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
-        "rows": summary.rows_line(trainer.train_dataset, args.model_max_length),
-        "steps": summary.steps_line(args, trainer.train_dataset),
-        **summary.rate_line(args, trainer.train_dataset),
-        "device": summary.device_line(args, trainer.is_lora),
-        "memory": memory,
-        "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
-        "example": summary.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
-    }
-    for name, text in lines.items():
-        print(f"{name:9}{text}", flush=True)
-
-
-def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | StreamedRows) -> None:
-    """Write the loss curve and the model card beside the saved model."""
-    output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
-    summary.plot_losses(history, output_dir / "loss_curve.png")
-    card = model_card(base, data_path, data, trainer)
-    (output_dir / "README.md").write_text(card, encoding="utf-8")
-    if logged := summary.losses(history):
-        steps = trainer.state.global_step
-        saved = " and ".join(summary.saved_in(output_dir, trainer.is_lora, trainer.merges_lora))
-        print(f"loss {logged[0][1]:.4f} -> {logged[-1][1]:.4f} in {steps:,} steps; saved in {saved}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -242,29 +177,34 @@ def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | Str
 
 def main() -> None:
     """Fine-tune as the command line says."""
-    model_args, data_args, lora_args, plan_args, training_args = parse_arguments()
+    model_args, data_args, plan_args, training_args = parse_arguments()
+    arguments.settle(data_args, training_args)
     arguments.check(model_args, data_args, plan_args, training_args)
-    precision.check_optimizer(training_args)
-    lora.check(lora_args, training_args)
     with disk.claimed(training_args):
         location = locate(model_args.model_name_or_path, training_args.cache_dir)
         config = load_config(location, training_args.cache_dir)
-        paths = (model_args.model_name_or_path, data_args.data_path, training_args.output_dir)
-        run = plan.Run(training_args, lora_args, plan_args, config, *paths)
+        run = plan.Run(model_args, data_args, plan_args, training_args, config)
         if plan_args.plan:
             print(plan.show(run))
             return
-        if data_args.packing and training_args.batch_size_is_open:
-            plan.choose_batch_size(run)
+        if data_args.packing and training_args.chooses_batch_size:
+            training_args.set_batch_size(plan.batch_size(run))
         tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:
             return
-        memory = plan.prepare(run, summary.longest_row(training_args, train_dataset))
-        settings, resumed = prepare_run(training_args, lora_args, config, train_dataset)
-        training_args.eval_on_start = eval_dataset is not None and resumed is None  # the model card says both losses
-        zero.size_buffers(training_args, config)
-        model = make_model(location, model_args, lora_args, training_args, tokenizer)
+
+        fit = plan.fit(run, train_dataset.longest_batch(training_args.per_device_train_batch_size))
+        if fit.needs_checkpointing:
+            training_args.turn_on_checkpointing()
+        settings = resume.settings_of(model_args, training_args, train_dataset, config)
+        schedule = training_args.schedule(train_dataset.num_sequences)
+        disk.check_shared(training_args)
+        resumed = resume.find(training_args, settings, schedule.num_steps)
+        disk.check_room(training_args, settings, schedule, merges_lora=model_args.merge_lora)
+        training_args.eval_on_start = data_args.holds_out and resumed is None  # the model card gives both losses
+
+        model = make_model(location, config, model_args, training_args, tokenizer)
         trainer = Trainer(
             model=model,
             args=training_args,
@@ -273,18 +213,20 @@ def main() -> None:
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             settings=settings,
-            examples_share_rows=examples_share_rows(data_args, training_args, reports),
-            merges_lora=lora_args.merge_lora,
+            shares_batches=shares_batches(data_args, training_args, reports),
+            merges_lora=model_args.merge_lora,
         )
         if trainer.is_world_process_zero():
-            print_header(trainer, resumed, memory)
-        trainer.train_to_the_end(resumed, summary.count_steps(training_args, train_dataset)[0])
+            print(summary.header(trainer, resumed, fit.line), flush=True)
+        trainer.train_to_the_end(resumed, schedule.num_steps)
         trainer.save_result()
         if trainer.is_world_process_zero():
-            describe(trainer, model_args.model_name_or_path, data_args.data_path, reports.get("data", train_dataset))
-    # A process group still open at exit can abort a rank whose work is done.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+            output_dir, data = Path(training_args.output_dir), reports.get("data", train_dataset)
+            summary.plot_losses(trainer.state.log_history, output_dir / "loss_curve.png")
+            card = model_card(model_args.model_name_or_path, data_args.data_path, data, trainer)
+            (output_dir / "README.md").write_text(card, encoding="utf-8")
+            print(summary.result_line(trainer))
+    trainer.close()
 
 
 if __name__ == "__main__":

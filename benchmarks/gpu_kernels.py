@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks import measure
 from benchmarks.measure import Given
 from sft.model import attention
-from sft.model.attention import FlatRow, Rotations, split
+from sft.model.attention import FlatBatch, Rotations, split
 from sft.model.loss import next_token_loss
 from sft.tools.random_model import SHAPES
 
@@ -48,7 +48,7 @@ def machine(given: Given) -> Iterator[Figures]:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def make_row(shape: str, lengths: list[int], given: Given) -> tuple[torch.Tensor, FlatRow, Rotations | None]:
+def make_row(shape: str, lengths: list[int], given: Given) -> tuple[torch.Tensor, FlatBatch, Rotations | None]:
     """Return a random packed projection, bf16 (1, T, K, H / K + 2, D), its row and RoPE's rotations."""
     config = SHAPES[shape]
     positions = torch.cat([torch.arange(length, device=given.device) for length in lengths])[None]
@@ -59,12 +59,12 @@ def make_row(shape: str, lengths: list[int], given: Given) -> tuple[torch.Tensor
     packed = torch.randn(size, device=given.device, dtype=torch.bfloat16)
     if num_groups == num_heads:
         slopes = torch.rand(num_heads, 1, device=given.device)
-        return packed, FlatRow(positions, slopes * positions[0]), None
+        return packed, FlatBatch(positions, slopes * positions[0]), None
     angles = positions[..., None] * torch.rand(head_dim // 2, device=given.device).repeat(2)
-    return packed, FlatRow(positions), (angles.cos(), angles.sin())
+    return packed, FlatBatch(positions), (angles.cos(), angles.sin())
 
 
-def attended(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None) -> torch.Tensor:
+def attended(packed: torch.Tensor, row: FlatBatch, rotations: Rotations | None) -> torch.Tensor:
     """Return attention by its formula, with every score there at once, in the dtype of `packed`."""
     query, key, value = split(packed, rotations)
     key, value = (heads.expand(-1, query.shape[1], -1, -1) for heads in (key, value))
@@ -79,7 +79,7 @@ def attended(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None) ->
 _strided_flex_attention = torch.compile(flex_attention)
 
 
-def attend_strided(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None) -> torch.Tensor:
+def attend_strided(packed: torch.Tensor, row: FlatBatch, rotations: Rotations | None) -> torch.Tensor:
     """Attend with FlexAttention compiled for views of the projection: what splitting outside of it costs."""
     query, key, value = split(packed, rotations)
     grouped = query.shape[1] != key.shape[1]

@@ -25,15 +25,15 @@ from sft.chat.reply import Sampling
 from sft.data.load import flatten, load_examples
 from sft.data.packing import PackedDataset
 from sft.model import lora, patch
-from sft.model.lora import LoraArguments
-from sft.plan.memory import Load, Strategy, footprint
+from sft.plan.activations import Load, Strategy
+from sft.plan.memory import footprint
 from sft.tools.random_model import SHAPES, build_model
-from sft.training import precision
-from sft.training.arguments import TrainingArguments
+from sft.training import resume
+from sft.training.arguments import ModelArguments, TrainingArguments
 from sft.training.trainer import Trainer
 
 PROJECT = Path(__file__).parent.parent
-LORA = LoraArguments(lora_r=16)
+LORA = ModelArguments("random", lora_r=16)
 PROFILED_STEPS = 5
 
 
@@ -285,19 +285,20 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
         disable_tqdm=True,
         use_cpu=given.device.type == "cpu",
     )
-    dtype = precision.compute_dtype(args)
     with given.device:
-        model = build_model(shape).to(torch.float32 if strategy.method == "full" else dtype)
+        model = build_model(shape).to(args.compute_dtype if strategy.is_lora else torch.float32)
     patch.install(model)
-    if strategy.method != "full":
-        model = lora.add(model, LORA, "", 0)
+    model_args = LORA if strategy.is_lora else ModelArguments("random")
+    if strategy.is_lora:
+        model = lora.add(model, LORA.lora_config, "", 0)
     packed = PackedDataset(load_examples(given.data, tokenizer)[0], options.max_length)
     keywords = {"args": args, "data_collator": flatten, "train_dataset": packed, "processing_class": tokenizer}
-    trainer = Trainer(model=model, settings={}, examples_share_rows=True, **keywords)
+    settings = resume.settings_of(model_args, args, packed, SHAPES[shape])
+    trainer = Trainer(model=model, settings=settings, shares_batches=True, **keywords)
     counts = throughput.metered(trainer, options)
     is_gpu = given.device.type != "cpu"
-    load = Load(SHAPES[shape], LORA, rows * options.max_length, False, dtype, is_gpu)
-    planned, peak = footprint(strategy, load, 1).device, counts["peak_bytes"]
+    load = Load(SHAPES[shape], LORA.lora_config, False, args.compute_dtype, is_gpu)
+    planned, peak = footprint(strategy, load, rows * options.max_length, 1).device, counts["peak_bytes"]
     figures = {"tokens/s": counts["tokens"] / counts["seconds"], "planned GiB": planned / measure.GIB}
     figures |= {"peak GiB": peak / measure.GIB, "planned by peak": planned / peak}
     if torch.cuda.is_available():

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from benchmarks import measure
 from sft.machine import GIB, Machine
-from sft.model.lora import LoraArguments
-from sft.plan.memory import Footprint, Load, Strategy, footprint
-from sft.plan.plan import choose, fits, name_of, options
+from sft.plan.activations import Load, Strategy
+from sft.plan.memory import Footprint, footprint
+from sft.plan.options import choose, fits, name_of, options
 from sft.program import ArgumentParser, run_program
 from sft.tools.random_model import SHAPES, bloom, read_texts
 
@@ -43,11 +44,11 @@ SAMPLE = "data_proj/sample"
 # ------------------------------------------------------------------------------------------------------- README's table
 
 
-def load_of(config: PretrainedConfig, num_tokens: int, compute_dtype: torch.dtype, is_gpu: bool) -> Load:
+def load_of(config: PretrainedConfig, compute_dtype: torch.dtype, is_gpu: bool) -> Load:
     """Return what is trained on, with LoRA of rank 16 where a strategy has it."""
     config = copy.deepcopy(config)
     config.dtype = torch.float16 if is_gpu else torch.float32  # of the files
-    return Load(config, LoraArguments(lora_r=16), num_tokens, False, compute_dtype, is_gpu)
+    return Load(config, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"), False, compute_dtype, is_gpu)
 
 
 def short_name(strategy: Strategy | None, needs: Footprint | None, here: Machine) -> str:
@@ -64,11 +65,11 @@ def short_name(strategy: Strategy | None, needs: Footprint | None, here: Machine
 
 def cells_of(config: PretrainedConfig, here: Machine) -> list[str]:
     """Return for each method the strategy that --plan chooses on a machine."""
-    load = load_of(config, NUM_TOKENS, torch.bfloat16, is_gpu=True)
-    found, cells = options(load, here), []
+    load = load_of(config, torch.bfloat16, is_gpu=True)
+    found, cells = options(load, NUM_TOKENS, here), []
     for method in ("full", "LoRA", "QLoRA"):
         chosen = choose(found, here, method)
-        cells.append(short_name(chosen, chosen and footprint(chosen, load, here.num_devices), here))
+        cells.append(short_name(chosen, chosen and footprint(chosen, load, NUM_TOKENS, here.num_devices), here))
     return cells
 
 
@@ -180,8 +181,8 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
             subprocess.run([sys.executable, "-m", "sft.tools.random_model", *arguments], check=True)
             for way in ways:
                 point = WAYS[way]
-                load = load_of(SHAPES[shape], num_tokens, torch.bfloat16 if point.bf16 else torch.float32, is_gpu=False)
-                planned = footprint(point.strategy, load, point.ranks).device
+                load = load_of(SHAPES[shape], torch.bfloat16 if point.bf16 else torch.float32, is_gpu=False)
+                planned = footprint(point.strategy, load, num_tokens, point.ranks).device
                 found = measure_point(folder, data, num_tokens, point, Path(scratch))
                 points.append({"shape": shape, "way": way, "planned": planned, "measured": found})
                 rows.append(

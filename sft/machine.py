@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 from sft.program import UserError
 
@@ -53,6 +54,19 @@ def accelerator(use_cpu: bool = False) -> torch.device | None:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def choose_precision(device: torch.device | None) -> tuple[bool, bool]:
+    """Return whether to compute in bf16, and whether in fp16: what the accelerator has; neither on a CPU, None.
+
+    A GPU before Ampere has fp16. How well other devices do in fp16 is unknown here, so they compute in fp32.
+    """
+    if device is None:
+        return False, False
+    if device.type != "cuda":
+        return is_torch_bf16_gpu_available(), False
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return bf16, not bf16
 
 
 def has_own_memory(device: torch.device | None) -> bool:
@@ -125,6 +139,11 @@ def _held_bytes(used: Path) -> int:
     lines = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     files = lines.get("inactive_file", lines.get("total_inactive_file", 0))
     return int(used.read_text()) - int(files) if used.exists() else 0
+
+
+def gib(num_bytes: float) -> str:
+    """Return a size in GiB, or in MiB below a tenth of one."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def processor() -> str:

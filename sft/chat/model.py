@@ -14,7 +14,6 @@ from sft.model.int8 import quantize
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
 from sft.prompts import split_system
-from sft.training import precision
 
 # What a model is taken to read at once where neither tokenizer nor config tells.
 USUAL_LENGTH = 2048
@@ -123,7 +122,7 @@ def choose_dtype(device: str) -> torch.dtype:
     if kind.type == "cpu":
         # On a processor without instructions for bf16 every product would be converted.
         return torch.bfloat16 if has_bf16_instructions() else torch.float32
-    bf16, fp16 = precision.choose(kind)
+    bf16, fp16 = machine.choose_precision(kind)
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 

@@ -1,10 +1,9 @@
-"""Attention of BLOOM and Falcon over one flat row: several examples end to end, each attending to itself alone.
+"""Attention of BLOOM and Falcon over one flat batch: several examples end to end, each attending only to itself.
 
-Shapes: T = tokens of the row, N = T / 128, H = heads, K = key-value heads (K divides H), D = size of a head.
+Shapes: T = tokens of the flat batch, N = T / 128, H = heads, K = key-value heads (K divides H), D = size of a head.
 
-transformers' own forwards know padding but no boundaries, so examples that share a row would read one another. Here
-every example is attended as if it were alone: causal, its positions counted from 0 again. Nothing of size (T, T) is
-ever held.
+transformers' own forwards know padding but no boundaries, so examples in one sequence would read one another. Here
+each example is attended as if it were alone: causal, with positions from 0. Nothing of size (T, T) is ever held.
 """
 
 import math
@@ -20,23 +19,23 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
 BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
-# Falcon-7b's backward would otherwise have one thread block for each block of keys, and loop over 71 heads in it.
+# Falcon-7b's backward would otherwise run one thread block per block of keys, which loops over 71 heads.
 EXPANDS_KEYS = True
-# Sizes and warps are FlexAttention's own. ROWS_GUARANTEED_SAFE would be wrong: a query whose example begins within the
-# first block of keys that it meets sees none of those before, and an unguarded maximum over nothing gives NaN.
+# Sizes and warps are FlexAttention's own. ROWS_GUARANTEED_SAFE would be wrong: a query whose example begins inside the
+# first block of keys that it meets sees nothing of the keys before, and the maximum over nothing would be NaN.
 KERNEL_OPTIONS: dict = {}
 OLDEST_WITH_BLOCKS = (8, 0)  # compute capability of FlexAttention's GPUs
-HEAD_ALIGNMENT = 8  # elements; GPUs' kernels without a (T, T) take no head sizes between
+HEAD_ALIGNMENT = 8  # elements; GPU kernels without a (T, T) need a multiple of it as the size of a head
 
 Rotations = tuple[torch.Tensor, torch.Tensor]  # RoPE's cosines and sines, each (1, T, D)
 
 
 @dataclass
-class FlatRow:
-    """What attention must know of a row beside its hidden states; made once a forward, shared by all layers.
+class FlatBatch:
+    """What attention must know of a flat batch beside its hidden states; made once per forward, shared by all layers.
 
     `position_ids`, int64 (1, T), count from 0 in each example. `key_bias`, fp32 (H, T), is what ALiBi adds to the
-    scaled score of each key, None where the model has RoPE.
+    scaled score of each key; it is None if the model has RoPE.
     """
 
     position_ids: torch.Tensor
@@ -57,13 +56,13 @@ class FlatRow:
     def block_mask(self) -> BlockMask:
         """Return which blocks of keys each block of queries meets, and the reverse, from the boundaries alone."""
         length = len(self.example_ids)
-        # The tail of a last block that the row does not fill belongs to no example.
+        # The unused tail of the last block belongs to no example.
         blocks = functional.pad(self.example_ids, (0, -length % BLOCK_SIZE), value=-1).view(-1, BLOCK_SIZE)
         first, last = blocks[:, 0], blocks.amax(1)
         whole = blocks[:, -1] == first
         row, column = torch.meshgrid(*2 * [torch.arange(len(blocks), device=blocks.device)], indexing="ij")
         met = (column <= row) & (last[None, :] >= first[:, None])
-        # Both blocks within one example, keys before queries: no token needs a look at the mask.
+        # Both blocks inside one example, keys before queries: the mask needs no look at single tokens.
         full = (column < row) & (first[None, :] == first[:, None]) & whole[:, None]
         partial = met & ~full
         kinds = torch.stack([partial, full, partial.T, full.T])  # by queries, and by keys for the backward
@@ -88,7 +87,7 @@ class FlatRow:
 
     @property
     def score_mod(self):
-        """Return FlexAttention's score function, which adds ALiBi in fp32; None where there is none to add."""
+        """Return FlexAttention's score function, which adds ALiBi in fp32; None without ALiBi."""
         key_bias = self.key_bias
         if key_bias is None:
             return None
@@ -99,27 +98,27 @@ class FlatRow:
         return add_bias
 
 
-@torch.compiler.disable  # compiled by itself where it is compiled
-def attend(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
+@torch.compiler.disable  # where it is compiled, it is compiled by itself
+def attend(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
     """Return the attended values (1, T, H * D) of a packed projection (1, T, K, H / K + 2, D).
 
     Each of the K groups holds its queries, one key and one value. Scores are scaled by 1 / sqrt(D). `rotations` are
-    RoPE's cosines and sines, None where the model has ALiBi.
+    RoPE's cosines and sines, None if the model has ALiBi.
     """
-    if torch.is_autocast_enabled(packed.device.type):  # projections in 4 bits give back what they were given, fp32
+    if torch.is_autocast_enabled(packed.device.type):  # 4-bit projections return the dtype they were given, fp32
         packed = packed.to(torch.get_autocast_dtype(packed.device.type))
-    attend_row = attend_by_blocks if has_flex_attention(packed.device) else attend_by_examples
-    return attend_row(packed, row, rotations)
+    attend_here = attend_by_blocks if has_flex_attention(packed.device) else attend_by_examples
+    return attend_here(packed, flat, rotations)
 
 
 @cache
 def has_flex_attention(device: torch.device) -> bool:
-    """Tell whether FlexAttention's kernels run on a device: GPUs from compute capability 8.0 on, where Triton is."""
+    """Tell whether FlexAttention runs on a device: a GPU of compute capability 8.0 or newer, with Triton."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_WITH_BLOCKS and has_triton()
 
 
 def split(packed: torch.Tensor, rotations: Rotations | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query (1, H, T, D), key and value (1, K, T, D) of a packed projection, rotated by RoPE if it has any."""
+    """Return query (1, H, T, D), key and value (1, K, T, D) of a packed projection, rotated by RoPE if it is used."""
     query, key, value = packed.split([packed.shape[3] - 2, 1, 1], dim=3)
     query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
     if rotations is not None:
@@ -129,16 +128,15 @@ def split(packed: torch.Tensor, rotations: Rotations | None) -> tuple[torch.Tens
     return query, key, value
 
 
-def attend_by_blocks(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
+def attend_by_blocks(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
     """Attend with one FlexAttention kernel; T must fill whole blocks.
 
-    In a last block that is not full its backward gives NaN where a score function is there too
-    (pytorch/pytorch issue 153799).
+    With a score function, its backward gives NaN in a last block that is not full (pytorch/pytorch issue 153799).
     """
     blocks = (1, -1, BLOCK_SIZE)
     if rotations is not None:
         rotations = tuple(each.view(*blocks, each.shape[-1]) for each in rotations)
-    return _compiled_for_blocks()(packed.unflatten(1, blocks[1:]), rotations, row.score_mod, row.block_mask)
+    return _compiled_for_blocks()(packed.unflatten(1, blocks[1:]), rotations, flat.score_mod, flat.block_mask)
 
 
 @cache
@@ -147,10 +145,10 @@ def _compiled_for_blocks():
 
 
 def _attend_blocks(packed: torch.Tensor, rotations: Rotations | None, score_mod, block_mask: BlockMask):
-    """Attend within the compiled function; packed is (1, N, BLOCK_SIZE, K, H / K + 2, D), rotations alike.
+    """Attend inside the compiled function; packed is (1, N, BLOCK_SIZE, K, H / K + 2, D), rotations alike.
 
-    Whole blocks come in and are split here, so that the compiler knows every stride and that a block divides T: only
-    then do its kernels load keys and values asynchronously.
+    Whole blocks come in and are split here, so that the compiler knows every stride, and that T is a multiple of a
+    block: only then do its kernels load keys and values asynchronously.
     """
     if rotations is not None:
         rotations = tuple(each.flatten(1, 2) for each in rotations)
@@ -170,24 +168,24 @@ def _attend_blocks(packed: torch.Tensor, rotations: Rotations | None, score_mod,
     return context.transpose(1, 2).flatten(2)
 
 
-def attend_by_examples(packed: torch.Tensor, row: FlatRow, rotations: Rotations | None = None) -> torch.Tensor:
-    """Attend example by example, with PyTorch's causal kernel, whose memory grows with T alone.
+def attend_by_examples(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
+    """Attend example by example with PyTorch's causal kernel, whose memory is linear in T.
 
-    The kernel takes no bias of its own without a mask of (T, T), so ALiBi goes in as one more dimension of the head:
-    1 in every query, the bias of the key times sqrt(D) in every key. Keys and values are repeated for each query head:
-    for grouped ones PyTorch has no such kernel on older GPUs, and would hold scores of (H, T, T).
+    That kernel takes a bias only with a mask of (T, T), so ALiBi goes in as one more dimension of the head: 1 in every
+    query, the bias of the key times sqrt(D) in every key. Keys and values are repeated for each query head: on older
+    GPUs PyTorch has no such kernel for grouped ones, and would hold scores of (H, T, T).
     """
     query, key, value = split(packed, rotations)
     dtype, head_dim = query.dtype, query.shape[-1]
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
-    if row.key_bias is not None:
-        bias = (row.key_bias * math.sqrt(head_dim))[None, :, :, None]
+    if flat.key_bias is not None:
+        bias = (flat.key_bias * math.sqrt(head_dim))[None, :, :, None]
         query, key = functional.pad(query.float(), (0, 1), value=1.0), torch.cat([key.float(), bias], dim=-1)
         if query.device.type != "cpu":
             query, key = (functional.pad(heads, (0, HEAD_ALIGNMENT - 1)) for heads in (query, key))
         value = functional.pad(value.float(), (0, query.shape[-1] - head_dim))
-    with torch.autocast(query.device.type, enabled=False):  # which would round the bias to 16 bits
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the bias to 16 bits
         contexts = [
             functional.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -196,23 +194,23 @@ def attend_by_examples(packed: torch.Tensor, row: FlatRow, rotations: Rotations 
                 is_causal=True,
                 scale=1 / math.sqrt(head_dim),
             )
-            for start, end in row.spans
+            for start, end in flat.spans
         ]
     return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype).transpose(1, 2).flatten(2)
 
 
-def bloom_attention(self, hidden_states: torch.Tensor, residual: torch.Tensor, attention_mask: FlatRow, **unused):
+def bloom_attention(self, hidden_states: torch.Tensor, residual: torch.Tensor, attention_mask: FlatBatch, **unused):
     """Stand in for BloomAttention.forward; hidden states and residual are (1, T, H * D)."""
     packed = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, self.head_dim))
     output = self.dense(attend(packed, attention_mask))
     return modeling_bloom.dropout_add(output, residual, self.hidden_dropout, self.training), None
 
 
-def falcon_attention(self, hidden_states: torch.Tensor, attention_mask: FlatRow, position_embeddings=None, **unused):
+def falcon_attention(self, hidden_states: torch.Tensor, attention_mask: FlatBatch, position_embeddings=None, **unused):
     """Stand in for FalconAttention.forward; hidden states are (1, T, H * D).
 
-    The fused projection holds, for each key-value head, its queries, the key and the value; Falcon-7b has one such
-    group, Falcon-40b several, rw shapes one for each head.
+    For each key-value head the fused projection holds its queries, the key and the value. Falcon-7b has one such
+    group, Falcon-40b several, rw shapes one per head.
     """
     packed = self.query_key_value(hidden_states).unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
     rotations = position_embeddings if attention_mask.key_bias is None else None
@@ -244,16 +242,16 @@ def key_bias(model: PreTrainedModel, position_ids: torch.Tensor) -> torch.Tensor
 
 
 def hidden_states_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden states (1, T, H * D) of BloomModel or FalconModel over a flat row.
+    """Return the last hidden states (1, T, H * D) of BloomModel or FalconModel over a flat batch.
 
-    `input_ids` and `position_ids` are int64 (1, T). Its attention must be of this module.
+    `input_ids` and `position_ids` are int64 (1, T). The attention of this module must be installed.
     """
     hidden_states = model.word_embeddings(input_ids)
     if model.config.model_type == "bloom":
         hidden_states, rotations = model.word_embeddings_layernorm(hidden_states), None
     else:
         rotations = model.rotary_emb(hidden_states, position_ids=position_ids)
-    row = FlatRow(position_ids, key_bias(model, position_ids))
+    flat = FlatBatch(position_ids, key_bias(model, position_ids))
     for block in model.h:
-        hidden_states, _ = block(hidden_states, alibi=None, attention_mask=row, position_embeddings=rotations)
+        hidden_states, _ = block(hidden_states, alibi=None, attention_mask=flat, position_embeddings=rotations)
     return model.ln_f(hidden_states)

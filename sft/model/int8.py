@@ -1,8 +1,8 @@
-"""Linear layers with 8-bit integer weights, to generate several times as fast on a CPU.
+"""Linear layers with 8-bit integer weights, which generate several times as fast on a CPU.
 
-One stream of tokens reads every weight for every token, so its speed is the memory's, and a fourth of the bytes are
-read in a fourth of the time. Activations are split into two 7-bit integers, whose rounding is far below that of the
-weights: the weights' bytes, read once, serve both.
+Generating one token reads every weight once, so memory bandwidth sets the speed, and a quarter of the bytes takes a
+quarter of the time. Activations are split into two 7-bit integers, whose rounding is far below that of the weights;
+the weights are read once for both.
 """
 
 import platform
@@ -24,7 +24,7 @@ ACTIVATION_LIMIT, ZERO_POINT = 63, 64
 
 
 class Int8Linear(nn.Module):
-    """A Linear with int8 weights, one fp32 scale a row, over the engine's own order of the weights in memory."""
+    """A Linear with int8 weights, one fp32 scale per output, in the engine's own memory layout."""
 
     def __init__(self, linear: nn.Linear):
         """Quantize the weight (out_features, in_features) of a Linear of any floating dtype on the CPU."""
@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
         self.packed = pack(linear.weight.detach())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return (..., out_features) fp32 for (..., in_features) fp32; each row has its own activation scale."""
+        """Return (..., out_features) fp32 for (..., in_features) fp32; each position has its own activation scale."""
         rows = hidden.reshape(-1, self.in_features)
         step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(ACTIVATION_LIMIT)
         scaled = rows / step
@@ -49,11 +49,11 @@ class Int8Linear(nn.Module):
         return output.view(*hidden.shape[:-1], self.out_features)
 
     def dequantize(self) -> torch.Tensor:
-        """Return the weight as it computes, fp32 (out_features, in_features)."""
+        """Return the weight that it computes with, fp32 (out_features, in_features)."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
 
     def weight_in_bytes(self) -> int:
-        """Count an int8 a weight, and a scale, a zero point and a sum, of 4 bytes each, a row."""
+        """Count one byte per weight, and per output a scale, a zero point and a sum of 4 bytes each."""
         return self.out_features * (self.in_features + 3 * 4)
 
     def get_extra_state(self) -> None:
@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
 
 
 def pack(weight: torch.Tensor) -> torch.ScriptObject:
-    """Return a floating weight (out_features, in_features) as int8 with symmetric scales by row, packed to multiply."""
+    """Return a floating weight (out_features, in_features) as int8 with a symmetric scale per output, packed"""
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min_(1e-30).div_(WEIGHT_LIMIT)
     zero_points = torch.zeros(len(weight), dtype=torch.int64)
@@ -72,12 +72,12 @@ def pack(weight: torch.Tensor) -> torch.ScriptObject:
 
 @contextmanager
 def engine() -> Iterator[None]:
-    """Let weights be packed for `ENGINE`, and for the process's own engine again afterwards."""
+    """Pack weights for `ENGINE` inside the block, and for the process's own engine again afterwards."""
     usual = torch.backends.quantized.engine
     torch.backends.quantized.engine = ENGINE
     try:
         with warnings.catch_warnings():
-            # It announces their end in a release after the pinned one.
+            # A warning of their removal in a release after the pinned one.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation", category=UserWarning)
             yield
     finally:
@@ -85,21 +85,21 @@ def engine() -> Iterator[None]:
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every Linear of a model int8 weights in place, and return it; all else is fp32 and takes no gradients.
+    """Give every Linear of a model int8 weights in place, and return it; the rest is fp32 and takes no gradients.
 
-    A head tied to the embedding becomes a copy of its own, the embedding stays. Raises UserError if the model is not
-    on the CPU, or PyTorch has no engine for this processor.
+    A head tied to the embedding becomes a copy; the embedding stays. Raises UserError if the model is not on the CPU,
+    or PyTorch has no engine for this processor.
     """
     if model.device.type != "cpu":
         raise UserError(
-            f"--quantize int8 is for a CPU and the model is on {model.device}; expected a model on the CPU; type "
-            "--device cpu beside it, or leave --quantize out"
+            f"--quantize int8 needs the CPU, and the model is on {model.device}; type --device cpu with it, or leave "
+            "--quantize out"
         )
     engines = torch.backends.quantized.supported_engines
     if ENGINE not in engines:
         raise UserError(
-            f"--quantize int8 finds the engines {', '.join(engines)} on this {platform.machine()} processor; expected "
-            f"{ENGINE}, of an x86-64 with AVX2 and the usual PyTorch; leave --quantize out"
+            f"--quantize int8 needs PyTorch's {ENGINE}, for x86-64 with AVX2; this {platform.machine()} processor has "
+            f"{', '.join(engines)}; leave --quantize out"
         )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     largest_first = sorted(linears, key=lambda name: -linears[name].weight.numel())
@@ -107,7 +107,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     def replace(name: str) -> None:
         model.set_submodule(name, Int8Linear(linears.pop(name)))
 
-    # Packing computes on one core and without Python's lock.
+    # Packing uses one core and releases Python's lock.
     with engine(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(replace, largest_first))
     return model.float().requires_grad_(False).eval()

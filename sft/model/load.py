@@ -1,4 +1,4 @@
-"""Tokenizer and model of either family, loaded from a folder or a hub id, with mistakes told in one line."""
+"""Configuration, tokenizer and model, loaded from a folder or a hub id; a mistake is an error of one line."""
 
 import warnings
 from pathlib import Path
@@ -29,7 +29,7 @@ HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
 def locate(name_or_path: str, cache_dir: str | None = None) -> str:
     """Return where to load a model from: a folder as given, a hub id, or its folder in the local cache.
 
-    The cache serves where the hub cannot be reached, without waiting for the hub client's half minute of retries.
+    The cache is used if the hub cannot be reached, without waiting for half a minute of retries.
     Raises UserError if there is no such folder, and no such model in the hub or in the cache.
     """
     folder = Path(name_or_path)
@@ -41,7 +41,7 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
     if cached:
         return str(Path(cached).parent)
     raise UserError(
-        f"{name_or_path} is no folder here, not in the local cache, and {constants.ENDPOINT} "
+        f"{name_or_path} is not a folder, is not in the local cache, and {constants.ENDPOINT} "
         f"{'is not asked (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else 'cannot be reached'}; "
         "give the path of a downloaded model folder, or set HF_ENDPOINT to a mirror"
     )
@@ -66,8 +66,8 @@ def _cached_config(name: str, cache_dir: str | None) -> str | None:
 def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedConfig:
     """Return the configuration of the causal language model at a folder or hub id.
 
-    The classes are always transformers' own; code that lies beside a model is never run. Raises UserError if there
-    is no such model, it cannot be reached, or it is no causal language model.
+    The classes are always transformers' own; code that comes with a model is never run. Raises UserError if there is
+    no such model, it cannot be reached, or it is not a causal language model.
     """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -93,18 +93,18 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model on the meta device, which has shapes and no memory."""
+    """Return a model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """Return a model's number of parameters, tied ones once, without making any of them."""
+    """Return a model's number of parameters, tied ones once, without allocating any."""
     return sum(parameter.numel() for parameter in without_weights(config).parameters())
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:
-    """Tell whether a model of a family that knows both directions (bert, roberta) reads in both."""
+    """Tell whether a model of a family that can be either (bert, roberta) is an encoder."""
     return getattr(config, "is_decoder", None) is False
 
 
@@ -113,8 +113,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with a pad token and the chat template that training, notebook and app share.
 
-    Falcon has no pad token; its eos serves, since labels never come from token ids here. Raises UserError if there
-    is no fast tokenizer or no eos token.
+    Falcon has no pad token; its eos is used, since labels never depend on token ids here. Raises UserError if there is
+    no fast tokenizer or no eos token.
     """
     extra = {"model_max_length": model_max_length} if model_max_length else {}
     try:
@@ -126,14 +126,14 @@ def load_tokenizer(
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {name_or_path} has no {'eos token' if tokenizer.is_fast else 'fast form'}; expected "
+            f"the tokenizer of {name_or_path} has no {'eos token' if tokenizer.is_fast else 'fast version'}; expected "
             "a tokenizer.json with an eos token, as bigscience/bloom-560m and tiiuae/falcon-7b have"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     begins = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
     tokenizer.chat_template = chat_template(tokenizer.bos_token if begins else "", tokenizer.eos_token)
-    # Falcon's forward takes no token types, which older tokenizer files would send it.
+    # Falcon's forward takes no token types, which older tokenizer files would add.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
@@ -141,14 +141,14 @@ def load_tokenizer(
 def load_adapter(
     folder: str, dtype: torch.dtype, cache_dir: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Return the base model with a LoRA adapter's weights added to its own, and the tokenizer; None if it is none.
+    """Return the base model with a LoRA adapter merged into it, and the tokenizer; None if there is no adapter.
 
-    The tokenizer is the adapter folder's if it has one. Raises UserError if the base model that it names cannot be
-    loaded, or is another one than the adapter was made for.
+    The tokenizer comes from the adapter's folder if it has one. Raises UserError if the base model that it names cannot
+    be loaded, or is not the one that the adapter was made for.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    from peft import PeftConfig, PeftModel  # seconds that only an adapter is worth
+    from peft import PeftConfig, PeftModel  # its import takes seconds
 
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
@@ -176,7 +176,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model with its weights in `dtype`, in that of its files ("auto"), or quantized.
 
-    No device map, so DeepSpeed may place them.
+    There is no device map, so that DeepSpeed may place them.
 
     Raises UserError if weights are missing, incomplete or broken.
     """
@@ -195,6 +195,6 @@ def load_model(
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"the weights of {name_or_path} lack {len(missing)} of the model's tensors, such as {missing[0]}; "
-            "expected all of them, or they would be random; download or copy the folder again"
+            "expected all of them, since the others would be random; download or copy the folder again"
         )
     return model

@@ -24,7 +24,7 @@ CHUNK_BYTES, CHUNK_BYTES_ON_HOST = 1024 * 2**20, 256 * 2**20
 
 @dataclass
 class TiedGradient:
-    """The gradient (V, H), fp32, of a weight that is both head and embedding, on its way from one to the other."""
+    """The gradient (V, H), fp32, of a weight that is both head and embedding, passed from one to the other."""
 
     tensor: torch.Tensor | None = None
 
@@ -44,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         factor, ctx.left = (1.0, scale) if torch.is_tensor(scale) else (scale, None)
         loss = torch.zeros((), device=weight.device)
         for chunk in _chunks(len(labels), len(weight), weight.device.type):
-            logits = grad_logits = None  # or the last chunk's would be there until this one's are made
+            logits = grad_logits = None  # or those of the last chunk would live until this one's are made
             logits = _product(inputs[chunk], matrix.T)
             chunk_loss, grad_logits = softmax_loss(logits, labels[chunk], dtype, needs_hidden or needs_weight)
             loss += chunk_loss
@@ -62,7 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: torch.Tensor):
         """Return the gradients that forward kept, times `grad_loss`."""
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
-        # On a CPU, a pass over (V, H) that changes nothing is spared; elsewhere, to look would mean to wait.
+        # On a CPU this saves a pass over (V, H) that changes nothing; elsewhere, looking would mean waiting.
         if ctx.left is not None or grad_loss.device.type != "cpu" or grad_loss != 1:
             factor = grad_loss if ctx.left is None else grad_loss * ctx.left
             for grad in (grad_hidden, grad_weight):
@@ -78,8 +78,8 @@ class TiedEmbedding(torch.autograd.Function):
     """The embedding of a weight that is also the head; it returns the gradient of both.
 
     The head hands its gradient on, and the rows of this one are added to it in place: a gradient of its own would be
-    a second tensor of the vocabulary's size, mostly zeros. The sum is in fp32, whatever the weight is in: a token that
-    comes a thousand times would be rounded as often.
+    a second tensor as large as the vocabulary, mostly zeros. The sum is in fp32, whatever the dtype of the weight: a
+    token that occurs a thousand times would be rounded as often.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ def softmax_loss(
 
 
 def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `softmax_loss` does, in operations that a compiler makes one pass and a half of."""
+    """Return what `softmax_loss` does, in operations that a compiler fuses into two passes."""
     shifted = logits - logits.amax(-1, keepdim=True)
     total = shifted.exp().sum(-1, keepdim=True)
     loss = (total.log() - shifted.gather(1, labels[:, None])).sum()
@@ -140,7 +140,7 @@ def _compiled_softmax_loss():
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    """Tell whether functions can be compiled for a device; on a CPU PyTorch's own kernels are as fast."""
+    """Tell whether to compile for a device; on a CPU PyTorch's own kernels are as fast."""
     return device.type == "cuda" and has_triton()
 
 
@@ -156,7 +156,7 @@ def chunk_bytes(device_type: str) -> int:
 
 
 def _chunks(num_positions: int, vocab_size: int, device_type: str) -> list[slice]:
-    """Return slices of nearly equal size that cover the positions, each of at most so many bytes of fp32 logits."""
+    """Return slices of nearly equal size that cover the positions, each within `chunk_bytes` of fp32 logits."""
     most = max(1, chunk_bytes(device_type) // (4 * vocab_size))
     size = math.ceil(num_positions / max(1, math.ceil(num_positions / most)))
     return [slice(start, start + size) for start in range(0, num_positions, max(1, size))]
@@ -210,7 +210,7 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
 def label_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return the positions whose next token has a label, int64 (N,), of labels int64 (B, T) end to end.
 
-    On a GPU this waits for the device; the collator does it beforehand.
+    On a GPU this waits for the device, so the collator does it beforehand.
     """
     is_labelled = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     return is_labelled.flatten().nonzero()[:, 0]
@@ -240,6 +240,6 @@ def next_token_loss(
     else:
         num_items = max(float(num_items), 1.0)
     inputs = hidden_states.flatten(0, 1).index_select(0, positions)
-    if not torch.is_grad_enabled():  # the function sees only which of its inputs want a gradient
+    if not torch.is_grad_enabled():  # the function only sees which of its inputs need a gradient
         inputs, weight = inputs.detach(), weight.detach()
     return LinearCrossEntropy.apply(inputs, weight, targets, num_items, tied)

@@ -1,7 +1,7 @@
-"""A model made to train on flat rows, (1, T), of several examples: its attention, its loss, and the proof of both.
+"""A model patched to train on flat batches, (1, T), of several examples: attention, loss, and a check of both.
 
-`install` replaces forwards of a loaded model, on the instance alone: classes, configuration and weights stay as they
-are, so a saved folder is a plain one. `remove` takes them off again, to generate.
+`install` replaces forwards of a loaded model, on the instance only: classes, configuration and weights stay as they
+are, so a saved folder is a plain one. `remove` takes the patch off again, to generate.
 """
 
 from collections.abc import Iterator
@@ -21,31 +21,34 @@ from sft.model import attention
 from sft.model.loss import TiedEmbedding, TiedGradient, next_token_loss
 from sft.program import UserError
 
-# Largest difference of two logits by the largest logit. A leak moves logits by a tenth and more; rounding in 16 bits,
-# in another order of summation, by up to a few hundredths.
+# Largest difference of two logits, relative to the largest logit. A leak moves logits by a tenth or more; rounding in
+# 16 bits, with another order of summation, by up to a few hundredths.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 BLOCKS = (BloomBlock, FalconDecoderLayer)
-REPLACED = ("forward", "_compiled_call_impl")  # attributes of an instance that stand before its class's own forward
-CHECKED_LENGTHS = (23, 17)  # tokens of the two examples of the check
-FAMILIES = "give a bloom, falcon, llama or qwen2 model"
+REPLACED = ("forward", "_compiled_call_impl")  # attributes of an instance that override its class's forward
+CHECKED_LENGTHS = (23, 17)  # tokens of the two examples that are checked
+FAMILIES = "use a bloom, falcon, llama or qwen2 model"
 
 
 def install(model: PreTrainedModel) -> None:
-    """Make a loaded model train on flat rows: `model(input_ids, position_ids, labels)` returns the loss.
+    """Patch a loaded model to train on flat batches: `model(input_ids, position_ids, labels)` returns the loss.
 
     BLOOM and Falcon get the attention of `sft.model.attention`; other families read the boundaries from `position_ids`
-    by themselves, or fail `check`. Raises UserError if the model drops attention weights, which no kernel here does, or
-    its head has a bias, which the loss has not.
+    themselves, or fail `check`. Raises UserError if the model has attention dropout, or a bias in its head.
     """
     if dropout := getattr(model.config, "attention_dropout", 0):
-        raise UserError(f"attention_dropout is {dropout} in config.json, which flat rows do not have; set it to 0.0")
+        raise UserError(
+            f"attention_dropout is {dropout} in config.json, and is not supported in flat batches; set it to 0.0"
+        )
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise UserError(f"{model.config.model_type} has a head with a bias, which the loss here has not; {FAMILIES}")
+        raise UserError(
+            f"{model.config.model_type} has a bias in its head, which the loss here does not support; {FAMILIES}"
+        )
     for module in model.modules():
         if stand_in := attention.FORWARDS.get(type(module)):
             module.forward = MethodType(stand_in, module)
-        elif isinstance(module, BloomGelu):  # the same formula, in one kernel where BLOOM's takes seven
+        elif isinstance(module, BloomGelu):  # the same formula in one kernel, where BLOOM's takes seven
             module.forward = nn.GELU(approximate="tanh").forward
     head.forward, head.tied = MethodType(_loss_or_logits, head), None
     if embeddings.weight is head.weight and embeddings.padding_idx is None:
@@ -54,7 +57,7 @@ def install(model: PreTrainedModel) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile what surrounds attention and loss, on the instance: norms, GELU, residuals, layer after layer the same.
+    """Compile what surrounds attention and loss, on the instance: norms, GELU, residuals.
 
     Attention and loss keep kernels of their own, so each layer falls into four parts, each compiled once for all
     layers.
@@ -65,7 +68,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Give a model its own forwards back."""
+    """Take the patch off a model."""
     for module in model.modules():
         for name in REPLACED:
             module.__dict__.pop(name, None)
@@ -73,7 +76,7 @@ def remove(model: PreTrainedModel) -> None:
 
 @contextmanager
 def removed(model: PreTrainedModel) -> Iterator[None]:
-    """Take the forwards off for a while; those that others put on top of them are put back too."""
+    """Take the patch off for a while; forwards that others put on top of it are put back too."""
     replaced = [
         (module, name, module.__dict__[name])
         for module in model.modules()
@@ -97,15 +100,15 @@ def forward(
     label_positions: torch.Tensor | None = None,
     **unused,
 ) -> CausalLMOutput:
-    """Stand in for the forward of a causal language model: the loss of a flat row, or its logits without `labels`.
+    """Stand in for the forward of a causal language model: the loss of a flat batch, or its logits without `labels`.
 
-    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T), as `sft.data.load.flatten` makes
-    them with `label_positions`, (1, N), which are found here without it. The loss is summed and divided by
+    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T). `label_positions`, (1, N), are
+    the positions whose next token has a label; found here if they are not given. The loss is summed and divided by
     `num_items_in_batch`, by default the number of labels; the logits are (1, T, V).
     """
     length = input_ids.shape[1]
     if attention.has_flex_attention(input_ids.device):
-        # FlexAttention's whole blocks, which are few shapes to compile for: up to 127 tokens, each its own example.
+        # Whole blocks for FlexAttention, and few shapes to compile for: up to 127 more tokens, each its own example.
         missing = -length % attention.BLOCK_SIZE
         input_ids, position_ids = (functional.pad(ids, (0, missing)) for ids in (input_ids, position_ids))
     base, head = self.base_model, self.get_output_embeddings()
@@ -121,7 +124,7 @@ def forward(
 
 
 def _loss_or_logits(self, hidden_states: torch.Tensor, labels=None, num_items=None, positions=None) -> torch.Tensor:
-    """Stand in for the head's forward; inside it the weight is whole, also where ZeRO-3 splits it over the ranks."""
+    """Stand in for the head's forward; inside it the weight is complete, even where ZeRO-3 splits it over the ranks."""
     if labels is None:
         return type(self).forward(self, hidden_states)
     return next_token_loss(hidden_states, self.weight, labels, num_items, self.tied, positions)
@@ -135,9 +138,9 @@ def _embed(self, input_ids: torch.Tensor, head: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_leak(model: PreTrainedModel) -> tuple[float, float]:
-    """Return how far an installed model's logits are from its own forward's: one example a row, and two in a row.
+    """Return how far a patched model's logits are from its own forward's: one example in a flat batch, and two in one.
 
-    Both are the largest difference by the largest logit of the model's own forward, which sees each example alone.
+    Both are the largest difference, relative to the largest logit of the model's own forward on each example alone.
     """
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randint(model.config.vocab_size, (1, n), generator=generator) for n in CHECKED_LENGTHS]
@@ -155,11 +158,11 @@ def measure_leak(model: PreTrainedModel) -> tuple[float, float]:
     return difference(torch.cat(alone, 1)), difference(packed)
 
 
-def check(model: PreTrainedModel, dtype: torch.dtype, examples_share_rows: bool) -> float:
-    """Return how far packed logits are from those of each example alone, in relation to the largest.
+def check(model: PreTrainedModel, dtype: torch.dtype, shares_batches: bool) -> float:
+    """Return how far packed logits are from those of each example alone, relative to the largest.
 
-    Raises UserError with the figures if that is too far for `dtype`, which the model computes in; where examples do
-    not share rows, only one example a row must agree.
+    Raises UserError with the figures if that is too far for `dtype`, in which the model computes. If examples do not
+    share flat batches, only one example in a batch must agree.
     """
     was_training = model.training
     model.eval()
@@ -168,13 +171,13 @@ def check(model: PreTrainedModel, dtype: torch.dtype, examples_share_rows: bool)
     family, limit = model.config.model_type, TOLERANCE[dtype]
     if not alone <= limit:
         raise UserError(
-            f"{family} cannot be trained here: its logits on a flat row are off by {alone:.2g} of the largest, at most "
-            f"{limit:g} is rounding; {FAMILIES}"
+            f"{family} cannot be trained here: its logits in a flat batch are off by {alone:.2g} of the largest, and "
+            f"rounding explains at most {limit:g}; {FAMILIES}"
         )
-    if examples_share_rows and not packed <= limit:
+    if shares_batches and not packed <= limit:
         raise UserError(
-            f"{family} cannot be packed: with two examples in a row its logits are off by {packed:.2g} of the largest, "
-            f"at most {limit:g} is rounding, so one example reads another; type --packing False "
+            f"{family} cannot be packed: with two examples in a batch its logits are off by {packed:.2g} of the "
+            f"largest, and rounding explains at most {limit:g}, so one example reads another; type --packing False "
             "--per_device_train_batch_size 1 --per_device_eval_batch_size 1"
         )
-    return packed if examples_share_rows else alone
+    return packed if shares_batches else alone

@@ -1,89 +1,158 @@
-"""What the command line of train_sft.py asks for: model, rows and training, and what of it could only fail later."""
+"""Every flag of train_sft.py, and which of them do not go together.
 
+The checks run before a model or a record is read: they find what would otherwise fail late, or silently do less.
+"""
+
+import math
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 import transformers
+from transformers import IntervalStrategy
 from transformers.integrations import get_available_reporting_integrations
 
 from sft import machine
-from sft.plan.plan import PlanArguments
 from sft.program import UserError
-from sft.training import disk, precision, zero
+from sft.training import zero
 
-EXAMPLES_A_BATCH = 8  # transformers' own default
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+BITSANDBYTES = "bitsandbytes==0.50.2"
+EXAMPLES_PER_BATCH = 8  # transformers' own default
+# torch and DeepSpeed start at 65,536, which overflows in the first steps and skips them.
+INITIAL_LOSS_SCALE = 2**12
 
 
 @dataclass
 class ModelArguments:
-    """Which model."""
+    """Which model, and whether LoRA trains a few matrices beside it instead of all its weights."""
 
     model_name_or_path: str = field(metadata={"help": "A Hugging Face model folder, or a hub id."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA's matrices, such as 16; 0 trains all weights."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale times its rank; by default 2 r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of LoRA's inputs to drop in training."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get LoRA; by default all of attention and MLP."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: hold the frozen weights in 4 bits."})
+    merge_lora: bool = field(
+        default=True, metadata={"help": "At the end, also save a plain model with LoRA merged into its weights."}
+    )
+
+    @property
+    def lora_config(self) -> "LoraConfig | None":
+        """Return peft's configuration, without target modules where no flag names them; None without --lora_r."""
+        from peft import LoraConfig
+
+        if not self.lora_r:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha or 2 * self.lora_r,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+    @property
+    def method(self) -> str:
+        """Return "full", "LoRA" or "QLoRA"."""
+        return "QLoRA" if self.load_in_4bit else "LoRA" if self.lora_r else "full"
 
 
 @dataclass
 class DataArguments:
-    """Which rows."""
+    """Which data, and how they become sequences of tokens."""
 
-    data_path: str = field(metadata={"help": "A file of instruction rows or conversations, or a folder of them."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out rows, for an eval loss."})
+    data_path: str = field(metadata={"help": "A file of instructions or conversations, or a folder of such files."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, for an eval loss."})
     eval_fraction: float = field(
-        default=0.0, metadata={"help": "Without --eval_data_path: the share of the rows to hold out, chosen by --seed."}
+        default=0.0, metadata={"help": "Without --eval_data_path: the share of rows to hold out, chosen by --seed."}
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "Fill rows of --model_max_length tokens with several examples; a batch counts such rows."},
+        metadata={"help": "Pack several examples into sequences of --model_max_length; a batch counts sequences."},
     )
-    dedup: bool = field(default=False, metadata={"help": "Leave out rows whose text stood before."})
+    dedup: bool = field(default=False, metadata={"help": "Drop rows whose text has already been read."})
     max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "End before training if more than this share of the rows is refused."}
+        default=0.01, metadata={"help": "Stop before training if more than this share of the rows is refused."}
     )
-    check_data: bool = field(default=False, metadata={"help": "Say what becomes of the rows, and end."})
+    check_data: bool = field(default=False, metadata={"help": "Validate the data, report, and exit."})
     streaming: bool = field(
-        default=False, metadata={"help": "Tokenise rows while training on them, and keep none; needs --max_steps."}
+        default=False, metadata={"help": "Tokenise while training and keep nothing on disk; needs --max_steps."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; by default one for each core."}
+        default=None, metadata={"help": "Processes that tokenise; by default one per core."}
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Tell whether there is an eval loss."""
+        return bool(self.eval_data_path or self.eval_fraction)
+
+
+@dataclass
+class PlanArguments:
+    """What fits: the table of --plan, and the check before a run."""
+
+    plan: bool = field(default=False, metadata={"help": "Show what fits, with commands, and exit; loads no weights."})
+    plan_gpu: str | None = field(default=None, metadata={"help": "Plan for these GPUs, such as 2x24GB."})
+    plan_ram: str | None = field(default=None, metadata={"help": "Plan for this much host memory, such as 128GB."})
+    plan_ranks: int | None = field(default=None, metadata={"help": "Plan for this many of the GPUs, or CPU ranks."})
+    plan_for_shell: bool = field(default=False, metadata={"help": "With --plan: print only the choice for ds_all.sh."})
+    check_fit: bool = field(default=True, metadata={"help": "Refuse a run that will not fit according to the plan."})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is; a stream counts as one epoch."""
+
+    num_steps: int
+    num_epochs: float
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """How to train: transformers' own arguments, with the defaults that fine-tuning wants."""
+    """How to train: transformers' own arguments, with the defaults that suit fine-tuning.
+
+    `chooses_checkpointing`, `chooses_batch_size` and `chooses_workers` tell that no flag decides.
+    """
 
     output_dir: str = field(kw_only=True, metadata={"help": "Where the fine-tuned model and its checkpoints go."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where hub files and tokenised rows are kept."})
-    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a row at most; longer rows are cut."})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; by default where the GPU has bf16."})
-    fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default where the GPU lacks bf16."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub files and tokenised data are kept."})
+    model_max_length: int = field(default=2048, metadata={"help": "Tokens per sequence at most; longer rows are cut."})
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; by default if the GPU has bf16."})
+    fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default if the GPU lacks bf16."})
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a batch on each device; by default 8 examples, or packed rows: 1 on a CPU, on a GPU as "
-            "many as make 16,384 tokens and fit."
+            "help": "Batch size per device; by default 8 examples, or packed sequences: 1 on a CPU, on a GPU as many "
+            "as make 16,384 tokens and fit."
         },
     )
     compile_blocks: bool = field(
         default=False,
-        metadata={
-            "help": "Compile the layers around attention and loss, which takes a minute; not with checkpointing."
-        },
+        metadata={"help": "Compile the layers around attention and loss (a minute); not with checkpointing."},
     )
     dataloader_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that join rows into batches; by default 2 beside a GPU, else none."}
+        default=None, metadata={"help": "Processes that build batches; by default 2 with a GPU, else none."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: rows are tokens alone."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a mean for a loss that is no number."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: there are only tokens."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log an average in place of NaN or inf."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
     save_optimizer_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints that keep their optimizer state; older ones become weights alone."}
+        default=None, metadata={"help": "Checkpoints that keep their optimizer state; older ones keep only weights."}
     )
     offload: str = field(
         default="none",
-        metadata={"help": "ZeRO: keep optimizer states, or all, in host memory.", "choices": zero.OFFLOADS},
+        metadata={"help": "ZeRO: keep optimizer states, or everything, in host memory.", "choices": zero.OFFLOADS},
     )
     offload_dir: str | None = field(
         default=None, metadata={"help": "ZeRO-3: a folder on an NVMe disk for what is offloaded."}
@@ -93,26 +162,81 @@ class TrainingArguments(transformers.TrainingArguments):
         device = machine.accelerator(self.use_cpu)
         pins_memory = machine.has_own_memory(device)
         if self.bf16 is None and self.fp16 is None:
-            self.bf16, self.fp16 = precision.choose(device)
+            self.bf16, self.fp16 = machine.choose_precision(device)
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         if self.deepspeed:
             self.deepspeed = zero.read_configuration(self.deepspeed, self.offload, self.offload_dir, pins_memory)
-        self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
-        self.batch_size_is_open = self.per_device_train_batch_size is None
-        if self.batch_size_is_open:
-            self.per_device_train_batch_size = EXAMPLES_A_BATCH
-        self.workers_are_open = self.dataloader_num_workers is None
-        if self.workers_are_open:
+        self.chooses_checkpointing = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        self.chooses_batch_size = self.per_device_train_batch_size is None
+        if self.chooses_batch_size:
+            self.per_device_train_batch_size = EXAMPLES_PER_BATCH
+        self.chooses_workers = self.dataloader_num_workers is None
+        if self.chooses_workers:
             self.dataloader_num_workers = 2 if pins_memory else 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and pins_memory
         if self.accelerator_config is None and self.dataloader_pin_memory:
-            self.accelerator_config = {"non_blocking": True}  # a copy that is waited for would empty the device's queue
+            self.accelerator_config = {"non_blocking": True}  # waiting for a copy would empty the device's queue
         super().__post_init__()
         if self.n_gpu > 1:
             # Without a launcher the Trainer would split each batch over all visible GPUs by DataParallel.
             self._n_gpu = 1
             if self.should_log:
-                print("one process uses one GPU; for every GPU of this host type: sh ds_all.sh")
+                print("one process uses one GPU; to use every GPU of this host: sh ds_all.sh")
+
+    @property
+    def zero_stage(self) -> int:
+        """Return the ZeRO stage, 0 without DeepSpeed."""
+        return self.deepspeed["zero_optimization"]["stage"] if self.deepspeed else 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype of matrix products."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def optimizer_name(self) -> str:
+        """Return --optim as it was typed."""
+        return getattr(self.optim, "value", self.optim)
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Return how many of the run's processes are on this host, according to its launcher."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world_size)
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Return how many sequences all ranks train on in one optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def schedule(self, num_sequences: int | None) -> Schedule:
+        """Return the length of a run over so many sequences an epoch; None is a stream."""
+        if num_sequences is None:
+            return Schedule(self.max_steps, 1.0)
+        num_batches = math.ceil(num_sequences / (self.train_batch_size * self.world_size))
+        steps_per_epoch = math.ceil(num_batches / self.gradient_accumulation_steps)
+        num_steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+        return Schedule(num_steps, num_steps / steps_per_epoch)
+
+    def set_batch_size(self, number: int) -> None:
+        """Make a batch of so many sequences per device."""
+        self.per_device_train_batch_size = number
+        if self.deepspeed:
+            self.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] = number
+
+    def turn_on_checkpointing(self) -> None:
+        """Recompute activations in the backward instead of keeping them."""
+        self.activation_checkpointing = self.gradient_checkpointing = True
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def settle(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Set what no flag says and another flag implies: evaluation where data are held out, no workers for a stream."""
+    if data_args.holds_out and training_args.eval_strategy == "no":
+        training_args.eval_strategy = IntervalStrategy.EPOCH
+    if data_args.streaming and training_args.chooses_workers:
+        training_args.dataloader_num_workers = 0
 
 
 def check(
@@ -121,52 +245,107 @@ def check(
     """Raise UserError on arguments that could only fail later, and on a GPU that PyTorch has no kernels for."""
     if training_args.device.type == "cuda" and not plan_args.plan_gpu:
         machine.check_kernels("--use_cpu True")
-    output_dir, model = Path(training_args.output_dir), Path(model_args.model_name_or_path)
-    disk.check_writable(training_args.output_dir)
+    _check_output(model_args, training_args)
+    _check_data(data_args, training_args)
+    _check_lora(model_args, training_args)
+    _check_optimizer(training_args)
+    _check_trainer(training_args)
+    _check_zero(training_args)
+    _check_compiled_blocks(training_args)
+    _check_ranks(training_args)
+
+
+def _check_output(model_args: ModelArguments, args: TrainingArguments) -> None:
+    output_dir, model = Path(args.output_dir), Path(model_args.model_name_or_path)
     if output_dir.exists() and model.exists() and output_dir.samefile(model):
-        raise UserError(f"--output_dir {output_dir} is the model itself, which would be written over; give another")
-    if not 0 <= data_args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction {data_args.eval_fraction} is no share; give a number from 0 to below 1")
-    if data_args.streaming and (training_args.max_steps <= 0 or data_args.eval_fraction or data_args.dedup):
-        raise UserError("--streaming True needs --max_steps, and has no --eval_fraction and no --dedup: give what fits")
-    if data_args.streaming and training_args.workers_are_open:
-        training_args.dataloader_num_workers = 0
-    if data_args.streaming and (training_args.dataloader_num_workers or data_args.check_data):
         raise UserError(
-            "--streaming True reads in the training process; leave out --dataloader_num_workers, --check_data"
+            f"--output_dir {output_dir} is the model folder itself, which would be overwritten; give another folder"
         )
-    if missing := set(training_args.report_to) - set(get_available_reporting_integrations()):
+
+
+def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
+    if not 0 <= data_args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {data_args.eval_fraction} must be in [0, 1), such as 0.05")
+    if not data_args.streaming:
+        return
+    if args.max_steps <= 0:
+        raise UserError("--streaming True needs --max_steps, since nobody counts the rows; type --max_steps 1000")
+    not_streamed = {
+        "--eval_fraction": data_args.eval_fraction,
+        "--dedup": data_args.dedup,
+        "--check_data": data_args.check_data,
+        "--dataloader_num_workers": args.dataloader_num_workers,
+    }
+    if given := [flag for flag, value in not_streamed.items() if value]:
+        raise UserError(f"--streaming True reads rows once, in the training process; leave out {', '.join(given)}")
+
+
+def _check_lora(model_args: ModelArguments, args: TrainingArguments) -> None:
+    rank, alpha, dropout = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
+    if rank < 0 or not 0 <= dropout < 1 or (alpha is not None and alpha <= 0):
+        raise UserError(
+            f"--lora_r {rank} --lora_alpha {alpha} --lora_dropout {dropout} cannot be used: rank and alpha must be "
+            "above 0, and dropout in [0, 1); type --lora_r 16"
+        )
+    if not rank and (model_args.load_in_4bit or alpha or model_args.lora_target_modules or dropout):
+        raise UserError("--load_in_4bit and --lora_* need LoRA, which is off; add --lora_r 16")
+    if model_args.load_in_4bit and args.zero_stage == 3:
+        raise UserError("--load_in_4bit does not go with ZeRO-3, which cannot split such weights; type ZERO_STAGE=2")
+    if model_args.load_in_4bit:
+        _check_bitsandbytes("--load_in_4bit")
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    name = args.optimizer_name
+    if name.startswith(("adamw_torch_4bit", "adamw_torch_8bit")):
+        raise UserError(f"--optim {name} needs torchao, which peft does not support here; type --optim adamw_bnb_8bit")
+    if "bnb" in name or name.startswith("paged_") or name in ("adamw_8bit", "lion_8bit", "ademamix_8bit"):
+        _check_bitsandbytes(f"--optim {name}")
+
+
+def _check_bitsandbytes(flag: str) -> None:
+    if not find_spec("bitsandbytes"):
+        raise UserError(f"{flag} needs bitsandbytes; type pip install {BITSANDBYTES}")
+
+
+def _check_trainer(args: TrainingArguments) -> None:
+    """Raise UserError on transformers' own flags that do not do here what they say."""
+    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         installed = ", ".join(get_available_reporting_integrations()) or "none"
         raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
-    if training_args.train_sampling_strategy not in ("random", "sequential"):
-        strategy = training_args.train_sampling_strategy
-        raise UserError(f"--train_sampling_strategy {strategy} saves padding, which rows here have not; type random")
-    if training_args.save_on_each_node:
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        strategy = args.train_sampling_strategy
+        raise UserError(f"--train_sampling_strategy {strategy} saves padding, and there is none here; type random")
+    if args.save_on_each_node:
         raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
-    _check_zero(training_args)
-    if training_args.compile_blocks and (other := _excludes_compiled_blocks(training_args)):
-        raise UserError(f"--compile_blocks does not go with {other}; leave one of them out")
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != training_args.world_size:
-        # On a CPU the Trainer joins the other ranks only if told to; each would train on the same rows.
-        raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")
-
-
-def _excludes_compiled_blocks(args: TrainingArguments) -> str | None:
-    """Return what --compile_blocks cannot go with: PyTorch compiles nothing within a recomputed layer."""
-    others = {
-        "--torch_compile, which compiles them too": args.torch_compile,
-        "ZeRO-3, which splits their weights": zero.stage_of(args) == 3,
-        "--activation_checkpointing": bool(args.activation_checkpointing or args.gradient_checkpointing),
-    }
-    return next((name for name, is_asked in others.items() if is_asked), None)
+    if args.enable_jit_checkpoint:
+        raise UserError("--enable_jit_checkpoint is built in: SIGTERM saves a checkpoint and stops; leave it out")
 
 
 def _check_zero(args: TrainingArguments) -> None:
-    """Raise UserError if DeepSpeed cannot run on the device, or cannot offload as it is asked to."""
     if (args.offload != "none" or args.offload_dir) and not args.deepspeed:
-        raise UserError("--offload is ZeRO's; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
+        raise UserError("--offload needs DeepSpeed ZeRO; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
     if args.deepspeed and args.device.type not in ("cuda", "cpu"):
         raise UserError(f"--deepspeed runs here on CUDA GPUs and CPUs, not on {args.device.type}; leave it out")
     if args.offload != "none":
-        zero.check_machine(args)
+        zero.check_machine(args.offload, args.offload_dir)
+
+
+def _check_compiled_blocks(args: TrainingArguments) -> None:
+    """Raise UserError if --compile_blocks is asked for where PyTorch cannot compile a layer by itself."""
+    others = {
+        "--torch_compile, which compiles them too": args.torch_compile,
+        "ZeRO-3, which splits their weights": args.zero_stage == 3,
+        "--activation_checkpointing, inside which PyTorch compiles nothing": (
+            args.activation_checkpointing or args.gradient_checkpointing
+        ),
+    }
+    if args.compile_blocks and (other := next((name for name, is_given in others.items() if is_given), None)):
+        raise UserError(f"--compile_blocks does not go with {other}; leave one of them out")
+
+
+def _check_ranks(args: TrainingArguments) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != args.world_size:
+        # On a CPU the Trainer joins the other ranks only if told to; each would train on the same data.
+        raise UserError(f"{launched} processes were launched but the Trainer sees one; add --use_cpu True")

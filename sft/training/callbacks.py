@@ -1,5 +1,4 @@
-"""What happens at moments of a run: the check before the first step, and between steps the end of a run that is told
-to end or that comes to nothing."""
+"""What happens between steps: the check before the first one, and the end of a run that is stopped or wasted."""
 
 import math
 import signal
@@ -9,28 +8,29 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 
 from sft.model import patch
 from sft.program import WastedRunError
-from sft.training import checkpoints, precision
+from sft.training import checkpoints
+from sft.training.arguments import TrainingArguments
 
 MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^12 to below 1
 
 
 class LeakCheck(TrainerCallback):
-    """Before the first step: no example may see another that shares its row."""
+    """Before the first step: no example may see another that shares its flat batch."""
 
-    def __init__(self, examples_share_rows: bool):
-        self.examples_share_rows = examples_share_rows
+    def __init__(self, shares_batches: bool):
+        self.shares_batches = shares_batches
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
         """Raise UserError if the logits of packed examples are not those of each alone."""
-        dtype = precision.compute_dtype(args)
+        dtype = args.compute_dtype
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            difference = patch.check(model, dtype, self.examples_share_rows)
+            difference = patch.check(model, dtype, self.shares_batches)
         if state.is_world_process_zero:
-            print(f"checked  logits of examples in one row are those of each alone, to {difference:.1g}", flush=True)
+            print(f"checked  examples in one flat batch have the logits of each alone, to {difference:.1g}", flush=True)
 
 
 @dataclass
@@ -38,8 +38,8 @@ class StepOutcome:
     """What a step came to, on its way to the host."""
 
     step: int
-    sums: torch.Tensor  # fp32 (2,), on the host: the loss, and how many ranks were told to end
-    arrived: torch.Event | None  # None where the host has waited already
+    sums: torch.Tensor  # fp32 (2,), on the host: the loss, and how many ranks were asked to stop
+    arrived: torch.Event | None  # None if the host has already waited
     was_skipped: bool
 
     def read(self) -> tuple[float, float]:
@@ -51,28 +51,28 @@ class StepOutcome:
 
 
 class Watch(TrainerCallback):
-    """Between steps, on all ranks at once: save and end after SIGTERM, and end where training comes to nothing.
+    """Between steps, on all ranks at once: save and stop after SIGTERM, and stop a run that is wasted.
 
     A GPU computes while the host goes on, and reading a loss would make the host wait until nothing is left to do.
-    There each step is judged when the next one is on its way; before a save, an evaluation or the end, at once.
+    There each step is judged once the next one has been launched; before a save, an evaluation or the end, at once.
     """
 
     def __init__(self, trainer: transformers.Trainer, device: torch.device):
         self.trainer = trainer
         self.lag = 1 if runs_ahead(device) else 0  # steps that a judgement may be late by
         self.outcomes: deque[StepOutcome] = deque()
-        self.has_sigterm = False  # of this rank
-        self.told_to_end = False  # some rank was, and all have agreed to end
+        self.has_sigterm = False  # this rank has got one
+        self.is_stopped = False  # some rank has got one, and all have agreed to stop
         self.num_skipped = 0
         self.num_tokens, self.seconds, self.began = 0, 0.0, 0.0
 
     @property
-    def tokens_a_second(self) -> float | None:
+    def tokens_per_second(self) -> float | None:
         """Return the tokens that all ranks have trained on by the seconds from step to step; None without any."""
         return self.num_tokens * self.trainer.args.world_size / self.seconds if self.seconds else None
 
     def on_train_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Take SIGTERM as a wish from now on, and start the clock."""
+        """Treat SIGTERM as a request to save and stop from now on, and start the clock."""
         self.handler_before = signal.signal(signal.SIGTERM, self._take_note)
         self.began = time.perf_counter()
 
@@ -80,7 +80,7 @@ class Watch(TrainerCallback):
         self.has_sigterm = True
 
     def on_epoch_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Set the order's epoch, which accelerate does not where several ranks go on within an epoch."""
+        """Set the order's epoch, which accelerate does not do for several ranks that resume within an epoch."""
         if self.trainer.order is not None:
             self.trainer.order.set_epoch(int(state.epoch or 0))
 
@@ -104,19 +104,21 @@ class Watch(TrainerCallback):
         return StepOutcome(step, sums, arrived, self.trainer.accelerator.optimizer_step_was_skipped)
 
     def _judge(self, control: TrainerControl, num_left: int) -> None:
-        """Judge all steps but the newest `num_left`; raise WastedRunError if one's loss is 0 or not finite, or too many
-        in a row were skipped."""
+        """Judge all steps but the newest `num_left`.
+
+        Raises WastedRunError if the loss of one is 0 or not finite, or if too many in a row were skipped.
+        """
         while len(self.outcomes) > num_left:
             outcome = self.outcomes.popleft()
             loss, num_told = outcome.read()
             self.num_skipped = self.num_skipped + 1 if outcome.was_skipped else 0
             if happened := what_is_wasted(loss, self.num_skipped):
-                last = checkpoints.what_to_go_back_to(self.trainer.args.output_dir)
-                raise WastedRunError(f"at step {outcome.step:,} {happened}; {last}")
+                restart = checkpoints.where_to_restart(self.trainer.args.output_dir)
+                raise WastedRunError(f"at step {outcome.step:,} {happened}; {restart}")
             if num_told:
-                self.told_to_end, num_left = True, 0  # the run is saved now, so no step may be left to judge
+                self.is_stopped, num_left = True, 0  # the run is saved now, so no step may be left to judge
                 control.should_save = control.should_training_stop = True
-                control.should_evaluate = False  # the time given may not suffice for both
+                control.should_evaluate = False  # there may not be time for both
 
     def on_evaluate(self, args: TrainingArguments, state, control, **unused) -> None:
         """Leave the seconds of an evaluation out."""
@@ -127,8 +129,8 @@ class Watch(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_epoch_end(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Judge the epoch's last step; leave out what an epoch ends with where the run has saved and ends."""
-        if self.told_to_end:
+        """Judge the epoch's last step; a run that has saved and stops does not evaluate or save again."""
+        if self.is_stopped:
             control.should_evaluate = control.should_save = False
         self._judge(control, 0)
 
@@ -149,18 +151,18 @@ def runs_ahead(device: torch.device) -> bool:
 
 
 def what_is_wasted(loss: float, num_skipped: int) -> str | None:
-    """Return what makes going on a waste, and what to change, from a step's loss and the skipped steps in a row."""
+    """Return why a run is wasted, and what to change, from a step's loss and the skipped steps in a row."""
     lower = "a lower --learning_rate, a longer --warmup_steps"
     if not math.isfinite(loss):
         return f"the loss is {loss}; type {lower}, or compute in bf16 (--bf16 True) or fp32 (--fp16 False)"
     if loss == 0:
         return (
-            "the loss is exactly 0, as where numbers overflow in 16 bits; type --fp16 False --bf16 False to compute in "
-            f"fp32, or {lower}"
+            "the loss is exactly 0, which happens when numbers overflow in 16 bits; type --fp16 False --bf16 False to "
+            f"compute in fp32, or {lower}"
         )
     if num_skipped >= MAX_SKIPPED_STEPS:
         return (
-            f"{num_skipped} steps in a row were skipped, because gradients overflow fp16 at every loss scale; compute "
-            f"in bf16 (--bf16 True) on a card that has it, or in fp32 (--fp16 False), or type {lower}"
+            f"{num_skipped} steps in a row were skipped, since gradients overflow fp16 at every loss scale; compute "
+            f"in bf16 (--bf16 True) on a GPU that has it, or in fp32 (--fp16 False), or type {lower}"
         )
     return None

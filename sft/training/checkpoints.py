@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: written under another name, checked, renamed, and marked as complete at the end.
+"""Checkpoints that can be trusted: written under another name, checked, renamed, and finally marked as complete.
 
     O/unfinished/checkpoint-20         while it is written
     O/checkpoint-20                    checked
-    O/checkpoint-20/complete.json      its files with their sizes, and the settings of the run; without it, or where a
-                                       size differs, the folder is left aside
+    O/checkpoint-20/complete.json      its files with their sizes, and the settings of the run; without it, or if a
+                                       size differs, the folder is skipped
 
 O is the run's output folder.
 """
@@ -12,13 +12,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
 
 from sft.program import UserError, one_line
 
@@ -26,7 +26,7 @@ MARKER = "complete.json"
 UNFINISHED = "unfinished"
 STATE = "trainer_state.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# What a folder of weights alone does not need: Trainer's optimizer state, and DeepSpeed's folder and its pointer.
+# What a folder of weights does not need: Trainer's optimizer state, and DeepSpeed's folder and its pointer.
 OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 OPTIMIZER_FILES += ("global_step*", "latest", "zero_to_*.py")
 
@@ -45,7 +45,7 @@ def folders_in(output_dir: str) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-# ------------------------------------------------------------------------------------------------- whole, or left aside
+# --------------------------------------------------------------------------------------------- complete, or skipped
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -63,7 +63,7 @@ def fault_of(folder: Path) -> str | None:
     try:
         files = files_of(folder)
     except FileNotFoundError:
-        return f"it has no {MARKER}, so its save did not end"
+        return f"it has no {MARKER}, so saving it did not finish"
     except (OSError, ValueError, RecursionError) as error:
         return f"its {MARKER} cannot be read: {one_line(error)}"
     if not any(name.endswith(".safetensors") for name in files):
@@ -100,12 +100,27 @@ def fault_of_weights(folder: Path, shapes: dict[str, tuple[int, ...]] | None = N
     return None
 
 
+def fault_of_settings(folder: Path) -> str | None:
+    """Return why plain transformers, or peft, cannot read a folder's configuration or tokenizer; None if it can."""
+    try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            from peft import PeftConfig
+
+            PeftConfig.from_pretrained(folder)
+        else:
+            AutoConfig.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds
+        return f"its configuration or tokenizer does not load: {one_line(error)}"
+    return None
+
+
 def complete_steps(output_dir: str, tell: bool = False) -> list[int]:
     """Return the steps of the complete checkpoints, oldest first; `tell` prints a line for each of the others."""
     faults = {folder: fault_of(folder) for folder in folders_in(output_dir)}
     for folder, fault in faults.items():
         if fault and tell:
-            print(f"{folder} is incomplete and left aside: {fault}", file=sys.stderr, flush=True)
+            print(f"{folder} is incomplete and skipped: {fault}", file=sys.stderr, flush=True)
     return [step_of(folder) for folder, fault in faults.items() if not fault]
 
 
@@ -116,12 +131,12 @@ def newest(output_dir: str) -> Path | None:
 
 
 def finish(unfinished: Path, output_dir: str, shapes: dict[str, tuple[int, ...]], settings: dict) -> Path:
-    """Check a written checkpoint, bring it to the disk, give it its name and then its marker; return where it is now.
+    """Check a written checkpoint, flush it to the disk, rename it and mark it as complete; return where it is now.
 
     Raises UserError if it is not what the run's model needs.
     """
-    if fault := fault_of_weights(unfinished, shapes):
-        raise UserError(f"{unfinished} was not saved well: {fault}; {what_is_left(output_dir)}")
+    if fault := fault_of_weights(unfinished, shapes) or fault_of_settings(unfinished):
+        raise UserError(f"{unfinished} was not saved correctly: {fault}; {what_is_left(output_dir)}")
     files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
     for file in files.values():
         _to_disk(file)
@@ -136,7 +151,7 @@ def finish(unfinished: Path, output_dir: str, shapes: dict[str, tuple[int, ...]]
 
 
 def mark(folder: Path, settings: dict, names: Sequence[str]) -> None:
-    """Write the marker: the sizes of the named files, and the settings that a run which goes on must share."""
+    """Write the marker: the sizes of the named files, and the settings that a run must share to resume."""
     marker = {
         "files": {name: (folder / name).stat().st_size for name in names},
         "settings": settings,
@@ -157,38 +172,10 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def load_apart(folder: Path) -> None:
-    """Load a checkpoint's configuration, tokenizer and weights' names and shapes in a process of its own.
-
-    Raises UserError with its last line if plain transformers, without anything of this run, does not.
-    """
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM as Model, AutoTokenizer;"
-        "AutoTokenizer.from_pretrained(sys.argv[1]);"
-        "model, found = Model.from_pretrained(sys.argv[1], device_map='meta', output_loading_info=True);"
-        "wrong = [key for key in found['missing_keys']] + [key for key in found['unexpected_keys']];"
-        "sys.exit(f'{len(wrong)} tensors do not fit, such as {wrong[0]}' if wrong else 0)"
-    )
-    if (folder / ADAPTER_CONFIG).is_file():  # its tensors are compared with the model's; the base is where it was
-        code = (
-            "import sys; from peft import PeftConfig; from transformers import AutoTokenizer;"
-            "AutoTokenizer.from_pretrained(sys.argv[1]); PeftConfig.from_pretrained(sys.argv[1])"
-        )
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    result = subprocess.run(
-        [sys.executable, "-c", code, folder], env={**alone, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    if result.returncode:
-        last = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(
-            f"{folder} does not load in a process of its own: {last}; {what_is_left(str(folder.parents[1]))}"
-        )
-
-
 def drop_older(output_dir: str, kept: int | None, best: str | None = None) -> None:
-    """Delete complete checkpoints but `kept` of them, the best and the newest, and incomplete ones older than these.
+    """Delete all but `kept` complete checkpoints, the best and the newest, and incomplete ones older than these.
 
-    None, or no positive number, keeps all complete ones; the newest stays in any case.
+    None, or no positive number, keeps all complete ones; the newest always stays.
     """
     steps = complete_steps(output_dir)
     kept_steps = set(steps)
@@ -197,12 +184,12 @@ def drop_older(output_dir: str, kept: int | None, best: str | None = None) -> No
         kept_steps = best_steps | set(steps[-max(1, kept - len(best_steps - set(steps[-kept:]))) :])
     for folder in folders_in(output_dir):
         if step_of(folder) not in kept_steps and steps and step_of(folder) < steps[-1]:
-            (folder / MARKER).unlink(missing_ok=True)  # first, so that no half of it looks whole
+            (folder / MARKER).unlink(missing_ok=True)  # first, so that no half of it looks complete
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_weights_alone(folder: Path) -> None:
-    """Delete the optimizer state of a complete checkpoint, which then serves to start from but not to go on."""
+    """Delete the optimizer state of a complete checkpoint: a new run can start from it, but none can resume."""
     paths = [path for pattern in OPTIMIZER_FILES for path in folder.glob(pattern)]
     gone = {str(file.relative_to(folder)) for path in paths for file in (path, *path.rglob("*"))}
     settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))["settings"]
@@ -211,13 +198,13 @@ def keep_weights_alone(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def can_go_on(folder: Path) -> bool:
+def has_optimizer_state(folder: Path) -> bool:
     """Tell whether a complete checkpoint has its optimizer state."""
     return bool({"optimizer.pt", "latest"} & files_of(folder).keys())
 
 
 def publish(source: Path, output_dir: str) -> None:
-    """Make the model in `source` the result in `output_dir`, each file there whole or not at all.
+    """Make the model in `source` the result in `output_dir`, each file complete or not there at all.
 
     Weights are linked, which takes no room, or copied where the disk knows no links.
     """
@@ -247,10 +234,10 @@ def _linked(file: Path, link: Path) -> bool:
 def what_is_left(output_dir: str) -> str:
     """Return what a message may say of the checkpoints that are there."""
     folder = newest(output_dir)
-    return f"{folder} is whole" if folder else "no complete checkpoint is there"
+    return f"{folder} is complete" if folder else "there is no complete checkpoint"
 
 
-def what_to_go_back_to(output_dir: str) -> str:
+def where_to_restart(output_dir: str) -> str:
     """Return what the message of a wasted run may say of its checkpoints."""
     folder = newest(output_dir)
     if folder is None:

@@ -1,4 +1,4 @@
-"""Room on the disk, before a run and before each save, and what a full or foreign disk looks like."""
+"""Disk space, before a run and before each save; the output folder, which belongs to one run at a time."""
 
 import errno
 import fcntl
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from transformers import TrainingArguments
 
+from sft.machine import gib
 from sft.program import OneRankError, UserError, one_line
-from sft.training import zero
+from sft.training.arguments import Schedule, TrainingArguments
 from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
-from sft.training.summary import gib
+from sft.training.resume import RunSettings
 
 IN_USE = ".in-use"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -55,14 +55,14 @@ def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
 
 @contextmanager
 def new_model_folder(output: str) -> Iterator[Path]:
-    """Give the path of a hidden folder to write a model into; then move all of it to `output`, whole or not at all.
+    """Yield a hidden folder to write a model into, then move its files to `output`, all or none.
 
-    Raises UserError if `output` is no new or empty folder, or cannot be written to.
+    Raises UserError if `output` is not a new or empty folder, or cannot be written to.
     """
     check_writable(output, flag="the output folder")
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{output} is there already; give a new folder")
+        raise UserError(f"{output} already exists; give a new folder")
     unfinished = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -72,7 +72,7 @@ def new_model_folder(output: str) -> Iterator[Path]:
         raise
     target.mkdir(exist_ok=True)
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(target / file.name)  # the one without which no folder is a model, last
+        file.replace(target / file.name)  # last, since without it no folder is a model
     unfinished.rmdir()
 
 
@@ -83,11 +83,11 @@ def _nearest(output_dir: str) -> Path:
 
 
 def check_shared(args: TrainingArguments) -> None:
-    """Raise UserError if several hosts have not one output folder: each would hold a part of a checkpoint.
+    """Raise UserError if several hosts do not share the output folder: each would hold a part of a checkpoint.
 
-    transformers' save_on_each_node is no way out, since ZeRO-3 gathers the weights on the first rank alone.
+    transformers' save_on_each_node does not help, since ZeRO-3 gathers the weights on the first rank alone.
     """
-    if args.world_size == zero.ranks_a_host(args):
+    if args.world_size == args.ranks_per_host:
         return
     probe = Path(args.output_dir, ".from-the-first-host")
     if args.process_index == 0:
@@ -99,15 +99,15 @@ def check_shared(args: TrainingArguments) -> None:
         probe.unlink()
     if not is_shared:
         raise UserError(
-            f"--output_dir {args.output_dir} is not one folder for all hosts, and each would hold a part of a "
-            "checkpoint; give a folder on a disk that the hosts share, such as NFS"
+            f"--output_dir {args.output_dir} is a different folder on each host, and each would hold a part of "
+            "a checkpoint; give a folder on a disk that the hosts share, such as NFS"
         )
 
 
 def claim(output_dir: str) -> None:
-    """Make the output folder and take it for this process until it ends.
+    """Make the output folder and lock it for this process until it ends.
 
-    Raises OneRankError if another run has it, which would write and delete the same checkpoints.
+    Raises OneRankError if another run has locked it: both would write and delete the same checkpoints.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(Path(output_dir, IN_USE), os.O_RDWR | os.O_CREAT)  # stays open
@@ -115,23 +115,24 @@ def claim(output_dir: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OneRankError(
-            f"--output_dir {output_dir} is in use by another run; let that end, or give another folder"
+            f"--output_dir {output_dir} is in use by another run; wait for it to end, or give another folder"
         ) from None
     except OSError:
-        return  # a disk that knows no locks
+        return  # a file system without locks
 
 
 def give_back(output_dir: str) -> None:
-    """Take the sign of `claim` out of an output folder."""
+    """Delete the lock file of `claim`."""
     Path(output_dir, IN_USE).unlink(missing_ok=True)
 
 
 @contextmanager
 def claimed(args: TrainingArguments) -> Iterator[None]:
-    """Have the output folder for this run alone until it ends; the first rank claims it for all.
+    """Keep the output folder for this run alone until it ends; the first rank claims it for all.
 
-    A folder that is made for it goes again if nothing came into it.
+    A folder that was made for it is removed again if it stays empty. Raises UserError if it cannot be written to.
     """
+    check_writable(args.output_dir)
     if args.process_index:
         yield
         return
@@ -145,8 +146,9 @@ def claimed(args: TrainingArguments) -> Iterator[None]:
             Path(args.output_dir).rmdir()
 
 
-def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> int:
-    """Return how many checkpoints a run has on the disk at once: the one being written, the best and the result too."""
+def num_at_once(args: TrainingArguments, schedule: Schedule) -> int:
+    """Return how many checkpoints are on the disk at once, with the one being written, the best and the result."""
+    num_steps, num_epochs = schedule.num_steps, schedule.num_epochs
     steps_between = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(num_steps * args.save_steps))
     by_strategy = {"no": 0, "steps": math.ceil(num_steps / steps_between), "epoch": math.ceil(num_epochs)}
     saved = by_strategy.get(args.save_strategy.value, num_steps)
@@ -156,28 +158,32 @@ def num_at_once(args: TrainingArguments, num_steps: int, num_epochs: float) -> i
     return saved + has_best
 
 
-def check_room(
-    args: TrainingArguments, num_steps: int, num_epochs: float, num_bytes: int, merged_bytes: int = 0
-) -> None:
-    """Raise UserError if the disk has no room for a run's checkpoints of `num_bytes` each, those there counted.
+def check_room(args: TrainingArguments, settings: RunSettings, schedule: Schedule, merges_lora: bool) -> None:
+    """Raise UserError if the disk has no room for a run's checkpoints and for LoRA's merged model."""
+    itemsize = args.compute_dtype.itemsize
+    num_bytes = checkpoint_bytes(settings.num_trained, args.zero_stage, itemsize < 4, args.save_only_model)
+    check_free(args, schedule, num_bytes, settings.num_parameters * itemsize if settings.is_lora and merges_lora else 0)
 
-    Without checkpoints there must be room for one, of the result; `merged_bytes` come on top.
+
+def check_free(args: TrainingArguments, schedule: Schedule, num_bytes: int, merged_bytes: int = 0) -> None:
+    """Raise UserError if the disk has no room for a run's checkpoints of `num_bytes` each and `merged_bytes` on top.
+
+    Checkpoints that are already there count as room. A run that saves none needs room for the result.
     """
-    at_once = max(1, num_at_once(args, num_steps, num_epochs))
+    at_once = max(1, num_at_once(args, schedule))
     there = sum(size_of(folder) for folder in folders_in(args.output_dir)[-at_once:])
     free, needed = shutil.disk_usage(_nearest(args.output_dir)).free, num_bytes * at_once - there + merged_bytes
     if free < needed:
         raise UserError(
-            f"--output_dir {args.output_dir} has {gib(free)} free, and {gib(needed)} are needed: "
+            f"--output_dir {args.output_dir} has {gib(free)} free and needs {gib(needed)}: "
             f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}"
-            f"{f' and the merged model of {gib(merged_bytes)}' if merged_bytes else ''}; give a "
-            "folder on a larger disk, or type --save_total_limit 1, or --save_only_model True, from which no run can "
-            "go on"
+            f"{f' and the merged model of {gib(merged_bytes)}' if merged_bytes else ''}; give a folder on a larger "
+            "disk, or type --save_total_limit 1, or --save_only_model True, which cannot be resumed"
         )
 
 
 def make_room(output_dir: str, name: str, num_bytes: int, kept: int | None, best: str | None) -> None:
-    """Prepare the disk for one more checkpoint, of about `num_bytes`; one complete checkpoint stays in any case.
+    """Prepare the disk for one more checkpoint, of about `num_bytes`; one complete checkpoint always stays.
 
     Raises UserError if there is no room for it.
     """
@@ -194,7 +200,7 @@ def make_room(output_dir: str, name: str, num_bytes: int, kept: int | None, best
 
 @contextmanager
 def writing(output_dir: str, name: str) -> Iterator[None]:
-    """Write to the output folder; where the disk is full, raise OneRankError and leave nothing of checkpoint `name`."""
+    """Write to the output folder; if the disk is full, raise OneRankError and leave nothing of checkpoint `name`."""
     try:
         yield
     except Exception as error:  # torch, safetensors and DeepSpeed raise their own where the disk is full
@@ -211,7 +217,7 @@ def writing(output_dir: str, name: str) -> Iterator[None]:
 
 
 def no_room(error: BaseException, output_dir: str) -> bool:
-    """Tell whether an error while saving came from a full or read-only disk; libraries hide it in errors of theirs."""
+    """Tell whether a full or read-only disk caused an error; libraries wrap it in errors of their own."""
     texts = ("No space left", "Disk quota", "Read-only file system")
     return (
         getattr(error, "errno", None) in NO_ROOM

@@ -1,15 +1,18 @@
-"""The README.md of a fine-tuned folder: what it is, how it was made, how well it did, who may use it."""
+"""The README.md of a fine-tuned folder: what it is, how it was made, how well it did, and who may use it."""
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
 from yaml import YAMLError
 
-from sft.data.load import DataReport
-from sft.data.streaming import StreamedRows
-from sft.training.summary import NOTES, data_line, device_line, losses, steps_line
+from sft.data.report import NOTES, DataReport
+from sft.data.streaming import StreamedSequences
+from sft.training.summary import device_line, losses, steps_line
+
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets")
 BASE_LICENCES = {
@@ -29,7 +32,7 @@ The prompt is in the tokenizer's chat template.
 
 ## Data
 
-{data}. What was refused, cut or a duplicate is in `{notes}`, with file, line and reason.
+{data}. `{notes}` lists what was refused, cut or a duplicate, with file, line and reason.
 
 ## Run
 
@@ -48,29 +51,28 @@ The prompt is in the tokenizer's chat template.
 ## Licences
 
 {licence}
-The data's own licence applies to it and may apply to what is trained on it; BelleGroup's sets are for research only.
+The data's own licence applies to them, and may apply to what is trained on them. BelleGroup's sets are for research
+only.
 """
 
 
-def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer: Trainer) -> str:
-    """Return the card of a run's result; losses are in nats per trained token, tokens per second are of the steps."""
+def model_card(base: str, data: str, report: DataReport | StreamedSequences, trainer: "Trainer") -> str:
+    """Return the card of a run's result; losses are in nats per trained token, tokens per second count steps only."""
     args, settings = trainer.args, trainer.settings
-    lora = f"LoRA of rank {settings['--lora_r']}, {settings['trained parameters']:,} parameters"
+    lora = f"LoRA of rank {settings.lora_r}, {settings.num_trained:,} parameters"
     metadata, licence = base_licence(base, trainer.model.config.model_type)
-    speed = trainer.watch.tokens_a_second
+    speed = trainer.watch.tokens_per_second
     return CARD.format(
         metadata=metadata,
         name=Path(args.output_dir).name,
         base=Path(base).name,
-        trained=lora if settings["--lora_r"] else f"all {settings['parameters']:,} weights",
-        data=f"{data}: {data_line(report)}",
+        trained=lora if settings.is_lora else f"all {settings.num_parameters:,} weights",
+        data=f"{data}: {report.line()}",
         notes=NOTES,
         steps=steps_line(args, trainer.train_dataset),
         settings=f"length {args.model_max_length}, seed {args.seed}",
-        hardware=device_line(args, bool(settings["--lora_r"])),
-        speed=f"{speed:,.0f} tokens a second in the steps of the last start"
-        if speed
-        else "no step since its last start",
+        hardware=device_line(args, settings.is_lora),
+        speed=f"{speed:,.0f} tokens/s in the steps since the last start" if speed else "no steps since the last start",
         versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
         results="\n".join(result_lines(trainer.state.log_history)),
         licence=licence,

@@ -1,110 +1,140 @@
-"""Going on from a checkpoint: which one, and whether the run that made it had the same settings."""
+"""Resuming: from which checkpoint, and whether the run that made it had the same settings."""
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import gather_object
-from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import PretrainedConfig
 
-from sft.data.load import lengths_of
-from sft.data.packing import PackedDataset, examples_of
-from sft.data.shards import size_of
-from sft.data.streaming import StreamedRows
+from sft.data.sequences import Sequences
+from sft.model import lora
+from sft.model.load import count_parameters
 from sft.program import UserError
-from sft.training.checkpoints import MARKER, can_go_on, complete_steps, fault_of, folders_in, step_of
+from sft.training.arguments import ModelArguments, TrainingArguments
+from sft.training.checkpoints import MARKER, complete_steps, fault_of, folders_in, has_optimizer_state, step_of
 
-NUM_HASHED = 1000  # examples whose tokens tell the data of two runs apart, beside the lengths of all
-SETTINGS_BY_FLAG = (
-    "model_max_length",
-    "seed",
-    "data_seed",
-    "train_sampling_strategy",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "bf16",
-    "fp16",
-)
+
+def _flag(name: str):
+    return field(metadata={"flag": name})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What two runs must share for one to resume exactly from the other's checkpoint.
+
+    Each field has the name that a user knows it by, which is also its key in a checkpoint's marker.
+    """
+
+    num_parameters: int = _flag("parameters")
+    lora_r: int = _flag("--lora_r")
+    lora_alpha: int | None = _flag("--lora_alpha")
+    lora_dropout: float | None = _flag("--lora_dropout")
+    lora_target_modules: list[str] | None = _flag("--lora_target_modules")
+    load_in_4bit: bool = _flag("--load_in_4bit")
+    num_trained: int = _flag("trained parameters")
+    data_fingerprint: str = _flag("the examples' hash")
+    packing: bool = _flag("--packing")
+    zero_stage: int = _flag("ZERO_STAGE")
+    num_processes: int | None = _flag("processes")  # None without DeepSpeed: any number may resume
+    sequences_per_step: int = _flag("rows a step")
+    model_max_length: int = _flag("--model_max_length")
+    seed: int = _flag("--seed")
+    data_seed: int | None = _flag("--data_seed")
+    train_sampling_strategy: str = _flag("--train_sampling_strategy")
+    learning_rate: float = _flag("--learning_rate")
+    lr_scheduler_type: str = _flag("--lr_scheduler_type")
+    warmup_steps: float = _flag("--warmup_steps")
+    weight_decay: float = _flag("--weight_decay")
+    max_grad_norm: float = _flag("--max_grad_norm")
+    optim: str = _flag("--optim")
+    adam_beta1: float = _flag("--adam_beta1")
+    adam_beta2: float = _flag("--adam_beta2")
+    adam_epsilon: float = _flag("--adam_epsilon")
+    bf16: bool = _flag("--bf16")
+    fp16: bool = _flag("--fp16")
+
+    @property
+    def is_lora(self) -> bool:
+        """Tell whether LoRA is trained instead of all weights."""
+        return bool(self.lora_r)
+
+    def named(self) -> dict[str, object]:
+        """Return the settings by the names that a user knows, as a checkpoint's marker holds them."""
+        return {each.metadata["flag"]: getattr(self, each.name) for each in fields(self)}
+
+    def differences(self, made_with: dict[str, object]) -> Iterator[tuple[str, object, object]]:
+        """Yield (name, value of the checkpoint, own value) of each setting of a marker that is another one here."""
+        for name, value in self.named().items():
+            if name in made_with and made_with[name] != value:
+                yield name, made_with[name], value
 
 
 def settings_of(
-    args: TrainingArguments, rows: Sequence | StreamedRows, zero_stage: int, model_settings: dict[str, object]
-) -> dict[str, object]:
-    """Return what must be the same, by name, for a run to go on exactly from another's checkpoint.
-
-    `model_settings` are those of the model and of LoRA. Without DeepSpeed another number of processes may go on, with
-    as many rows a step.
-    """
-    if isinstance(rows, StreamedRows):
-        sizes = "".join(f"{file.name} {size_of(file)}\n" for file in rows.files)
-        content = (sizes + rows.encoder.tokenizer.backend_tokenizer.to_str()).encode(errors="backslashreplace")
-    else:
-        content = _content_of(examples_of(rows))
-    flags = {f"--{name}": getattr(args, name) for name in SETTINGS_BY_FLAG}
-    return {
-        **model_settings,
-        "the examples' hash": hashlib.sha256(content).hexdigest()[:16],
-        "--packing": getattr(rows, "packing", isinstance(rows, PackedDataset)),
-        "ZERO_STAGE": zero_stage,
-        **({"processes": args.world_size} if zero_stage else {}),
-        "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        **{name: getattr(value, "value", value) for name, value in flags.items()},
-    }
+    model_args: ModelArguments, args: TrainingArguments, data: Sequences, config: PretrainedConfig
+) -> RunSettings:
+    """Return a run's settings; raise UserError if LoRA is asked for layers that the model does not have."""
+    num_parameters, lora_config = count_parameters(config), model_args.lora_config
+    own = {name: getattr(model_args, name) for name in ("lora_alpha", "lora_dropout", "lora_target_modules")}
+    shared = {each.name for each in fields(RunSettings)} & vars(args).keys()
+    values = {name: getattr(args, name) for name in shared}
+    return RunSettings(
+        **{name: getattr(value, "value", value) for name, value in values.items()},
+        **(own if lora_config else dict.fromkeys(own)),
+        num_parameters=num_parameters,
+        lora_r=model_args.lora_r,
+        load_in_4bit=model_args.load_in_4bit,
+        num_trained=lora.count_trained(config, lora_config) if lora_config else num_parameters,
+        data_fingerprint=data.fingerprint(),
+        packing=data.is_packed,
+        zero_stage=args.zero_stage,
+        num_processes=args.world_size if args.zero_stage else None,
+        sequences_per_step=args.sequences_per_step,
+    )
 
 
-def _content_of(examples: Dataset) -> bytes:
-    some = examples[np.linspace(0, len(examples) - 1, NUM_HASHED).astype(int).tolist()]
-    return lengths_of(examples).tobytes() + json.dumps([some["input_ids"], some["lengths"]]).encode()
-
-
-def check_settings(folder: Path, settings: dict[str, object]) -> None:
+def check_settings(folder: Path, settings: RunSettings) -> None:
     """Raise UserError if a run with other settings made the checkpoint, or if it has no optimizer state."""
     start_anew = f"start a new run from its weights: --model_name_or_path {folder} --output_dir ANOTHER"
-    if not can_go_on(folder):
-        raise UserError(f"{folder} has weights but no optimizer state, so no run can go on from it; {start_anew}")
+    if not has_optimizer_state(folder):
+        raise UserError(f"{folder} has weights but no optimizer state, so no run can resume from it; {start_anew}")
     made_with = json.loads((folder / MARKER).read_text(encoding="utf-8"))["settings"]
-    for name, value in settings.items():
-        if name in made_with and made_with[name] != value:
-            raise UserError(
-                f"{folder} was made with {name} {made_with[name]}, and this command has {value}; go on with "
-                f"{made_with[name]}, or {start_anew}"
-            )
+    for name, before, now in settings.differences(made_with):
+        raise UserError(
+            f"{folder} was made with {name} {before}, and this command has {now}; resume with {before}, or {start_anew}"
+        )
 
 
-def find(args: TrainingArguments, settings: dict[str, object], num_steps: int) -> Path | None:
-    """Return the checkpoint that a run goes on from: the newest that is complete on every host, or the one it names.
+def find(args: TrainingArguments, settings: RunSettings, num_steps: int) -> Path | None:
+    """Return the checkpoint to resume from: the newest that is complete on every host, or the one that is named.
 
-    None begins anew. Raises UserError if the run has other settings, or the checkpoint it names is incomplete.
+    None starts a new run. Raises UserError if the settings differ, or the named checkpoint is incomplete.
     """
     named = args.resume_from_checkpoint
-    if named and named.lower() != "true":
-        if fault := fault_of(Path(named)):
-            raise UserError(f"--resume_from_checkpoint {named} cannot be gone on from: {fault}; leave the flag out")
-        folder = Path(named)
-        if not re.fullmatch(r"checkpoint-\d+", folder.name):
-            raise UserError(f"--resume_from_checkpoint {named} is not named checkpoint-STEP; give it its name back")
-        if later := [other for other in folders_in(args.output_dir) if step_of(other) > step_of(folder)]:
-            raise UserError(
-                f"--resume_from_checkpoint {named} has {later[-1]} after it, and the run would mix its own with it; "
-                "delete what is later, or give another --output_dir"
-            )
-    else:
-        steps_by_rank = gather_object([complete_steps(args.output_dir, tell=args.should_log)])
-        steps = set.intersection(*map(set, steps_by_rank))
-        if not steps:
-            return None
-        folder = Path(args.output_dir, f"checkpoint-{max(steps)}")
-    if step_of(folder) < num_steps:
+    folder = _newest_on_all_hosts(args) if not named or named.lower() == "true" else _named(named, args.output_dir)
+    if folder and step_of(folder) < num_steps:
         check_settings(folder, settings)
+    return folder
+
+
+def _newest_on_all_hosts(args: TrainingArguments) -> Path | None:
+    steps_by_rank = gather_object([complete_steps(args.output_dir, tell=args.should_log)])
+    steps = set.intersection(*map(set, steps_by_rank))
+    return Path(args.output_dir, f"checkpoint-{max(steps)}") if steps else None
+
+
+def _named(name: str, output_dir: str) -> Path:
+    """Return the checkpoint of --resume_from_checkpoint; raise UserError if it cannot be used."""
+    folder = Path(name)
+    if fault := fault_of(folder):
+        raise UserError(f"cannot resume from --resume_from_checkpoint {name}: {fault}; leave the flag out")
+    if not re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise UserError(f"--resume_from_checkpoint {name} must be named checkpoint-STEP; rename it back")
+    if later := [other for other in folders_in(output_dir) if step_of(other) > step_of(folder)]:
+        raise UserError(
+            f"--resume_from_checkpoint {name} is older than {later[-1]}, and the run would mix both; "
+            "delete the later ones, or give another --output_dir"
+        )
     return folder

@@ -1,9 +1,10 @@
-"""transformers' Trainer with an exact eval loss, each row once an epoch, checkpoints that can be trusted, and an end
-where going on would be a waste."""
+"""transformers' Trainer with an exact eval loss, each sequence once an epoch, and checkpoints that can be trusted."""
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,23 +12,27 @@ import transformers
 from accelerate.utils import AutocastKwargs, GradScalerKwargs, gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from sft.data.order import EpochOrder, EvenRows
 from sft.model import lora, patch
 from sft.program import InterruptedRunError, UserError
-from sft.training import checkpoints, disk, precision, zero
+from sft.training import checkpoints, disk
+from sft.training.arguments import INITIAL_LOSS_SCALE, TrainingArguments
 from sft.training.callbacks import LeakCheck, Watch
+from sft.training.resume import RunSettings
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer on flat rows; `settings` are those of `sft.training.resume.settings_of`.
+    """transformers' Trainer on flat batches; `shares_batches` tells that several examples may be in one.
 
     With LoRA, checkpoints hold the adapter; the result is the adapter, and a plain model if `merges_lora`.
     """
 
-    def __init__(self, *args, settings: dict, examples_share_rows: bool, merges_lora: bool = True, **kwargs):
+    args: TrainingArguments
+
+    def __init__(self, *args, settings: RunSettings, shares_batches: bool, merges_lora: bool = True, **kwargs):
         """Add the callbacks that check the attention before the first step, and the run between steps."""
         super().__init__(*args, **kwargs)
         self.settings = settings
@@ -38,7 +43,7 @@ class Trainer(transformers.Trainer):
         self.order: EpochOrder | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
         self.watch = Watch(self, self.args.device)
-        self.add_callback(LeakCheck(examples_share_rows))
+        self.add_callback(LeakCheck(shares_batches))
         self.add_callback(self.watch)
 
     def _build_accelerator_args(self, **keywords) -> dict:
@@ -47,23 +52,23 @@ class Trainer(transformers.Trainer):
         The cache would hold a 16-bit copy of every weight until the forward ends, and each is used once in it.
         """
         args = super()._build_accelerator_args(**keywords)
-        scaler = GradScalerKwargs(init_scale=precision.INITIAL_LOSS_SCALE)
+        scaler = GradScalerKwargs(init_scale=INITIAL_LOSS_SCALE)
         args["kwargs_handlers"] += [AutocastKwargs(cache_enabled=False), scaler]
         return args
 
-    # ----------------------------------------------------------------------------------------------------------- rows
+    # ----------------------------------------------------------------------------------------------------------- data
 
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, *args, **kwargs):
-        """Return the batches of rows filled up with empty ones, as many on each rank, or those of its own stream."""
+        """Return batches of sequences, as many on each rank by adding empty ones, or those of the rank's own stream."""
         if isinstance(dataset, IterableDataset):
-            # Not by accelerate: it would read a stream on one rank, and cut the flat rows up for the others.
+            # Not by accelerate: it would read the stream on one rank, and cut the flat batches up for the others.
             return DataLoader(dataset, batch_size, collate_fn=self.data_collator)
         return super()._get_dataloader(
             EvenRows(dataset, batch_size * self.args.world_size), description, batch_size, *args, **kwargs
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """Return the order of rows in an epoch, the same on all ranks."""
+        """Return the order of sequences in an epoch, the same on all ranks."""
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -81,7 +86,7 @@ class Trainer(transformers.Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple:
-        """Return the optimizer; AdamW over offloaded states is DeepSpeed's, which runs on the host's cores."""
+        """Return the optimizer; with offloaded states, DeepSpeed's AdamW, which runs on the host's cores."""
         optimizer_class, keywords = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.offload == "none":
             return optimizer_class, keywords
@@ -124,51 +129,62 @@ class Trainer(transformers.Trainer):
         self.model.config.use_cache = self.args.use_cache
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; an adapter from the ranks that have it whole, without a copy of the frozen weights."""
-        if self.is_lora and zero.stage_of(self.args) in (1, 2):
+        """Save the model; an adapter without a copy of the frozen weights, where each rank has all of it."""
+        if self.is_lora and self.args.zero_stage in (1, 2):
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial) -> str:
-        """Return the output folder, or the one for unfinished checkpoints in it while one is written."""
+        """Return the output folder, or the folder for unfinished checkpoints while one is being written."""
         return str(self.saving_into or super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Save a checkpoint that is there whole or not at all, then delete those beyond --save_total_limit.
+    @contextmanager
+    def _saving_into(self, folder: Path) -> Iterator[None]:
+        """Let transformers write checkpoints into another folder than the output folder."""
+        self.saving_into = folder
+        try:
+            yield
+        finally:
+            self.saving_into = None
 
-        Raises UserError if the disk has no room for it, or if it is not whole.
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint that is there complete or not at all, then delete those beyond --save_total_limit.
+
+        Raises UserError if the disk has no room for it, or if it is not what the model needs.
         """
-        args, output_dir = self.args, self.args.output_dir
-        name = f"checkpoint-{self.state.global_step}"
+        output_dir, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
         unfinished = Path(output_dir, checkpoints.UNFINISHED)
-        best = self.state.best_model_checkpoint
-        num_bytes = self.checkpoint_bytes()
-        self.on_the_first_rank(lambda: disk.make_room(output_dir, name, num_bytes, args.save_total_limit, best))
-        self.saving_into = unfinished
-        with disk.writing(output_dir, name):
+        self.on_the_first_rank(partial(self._make_room, name))
+        with disk.writing(output_dir, name), self._saving_into(unfinished):
             super()._save_checkpoint(model, trial)
-            if best := self.state.best_model_checkpoint:
-                self.state.best_model_checkpoint = str(Path(output_dir, Path(best).name))
-                if args.should_save:
-                    self.state.save_to_json(str(unfinished / name / checkpoints.STATE))
-        self.saving_into = None
-        self.on_the_first_rank(lambda: self._finish_checkpoint(unfinished / name))
+            self._name_the_best(unfinished / name)
+        self.on_the_first_rank(partial(self._finish_checkpoint, unfinished / name))
+
+    def _make_room(self, name: str) -> None:
+        args, best = self.args, self.state.best_model_checkpoint
+        disk.make_room(args.output_dir, name, self.checkpoint_bytes(), args.save_total_limit, best)
+
+    def _name_the_best(self, unfinished: Path) -> None:
+        """Give the best checkpoint the name in the state that it will have once it is finished."""
+        if best := self.state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir, Path(best).name))
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / checkpoints.STATE))
 
     def _finish_checkpoint(self, unfinished: Path) -> None:
+        """Check and mark a written checkpoint, then delete what the limits no longer keep."""
         output_dir, args = self.args.output_dir, self.args
-        if not self.has_saved:  # the others of this run are made by the same code
-            checkpoints.load_apart(unfinished)
         self.has_saved = True
         with disk.writing(output_dir, unfinished.name):
-            checkpoints.finish(unfinished, output_dir, self.saved_shapes(), self.settings)
+            checkpoints.finish(unfinished, output_dir, self.saved_shapes(), self.settings.named())
         checkpoints.drop_older(output_dir, args.save_total_limit, self.state.best_model_checkpoint)
         if args.save_optimizer_limit:
             for step in checkpoints.complete_steps(output_dir)[: -args.save_optimizer_limit]:
                 checkpoints.keep_weights_alone(Path(output_dir, f"checkpoint-{step}"))
 
     def on_the_first_rank(self, work: Callable[[], None]) -> None:
-        """Do `work` on the rank that writes, the first; raise its UserError on all ranks."""
+        """Do `work` on the first rank, which writes; raise its UserError on all ranks."""
         message = None
         try:
             if self.args.should_save:
@@ -179,15 +195,14 @@ class Trainer(transformers.Trainer):
             raise UserError(messages[0])
 
     def checkpoint_bytes(self) -> int:
-        """Return about how many bytes the next checkpoint takes: those of the last one, or an estimate."""
+        """Return about how many bytes the next checkpoint takes: those of the last one, else an estimate."""
         if self.has_saved and (last := checkpoints.newest(self.args.output_dir)):
             return disk.size_of(last)
-        args, in_16_bits = self.args, self.args.bf16 or self.args.fp16
-        trained, stage = self.settings["trained parameters"], zero.stage_of(args)
-        return disk.checkpoint_bytes(trained, stage, in_16_bits, args.save_only_model)
+        args, in_16_bits = self.args, self.args.compute_dtype.itemsize < 4
+        return disk.checkpoint_bytes(self.settings.num_trained, args.zero_stage, in_16_bits, args.save_only_model)
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what the model's folder must hold, whole also where ZeRO-3 has split it."""
+        """Return the full shapes of what the model's folder must hold, also where ZeRO-3 has split it."""
         if self.is_lora:
             return lora.saved_shapes(self.model)
         tied = self.model.all_tied_weights_keys
@@ -197,7 +212,7 @@ class Trainer(transformers.Trainer):
         }
 
     def save_result(self) -> None:
-        """Make the model of the last step the result, each file in the output folder whole or not there."""
+        """Make the model of the last step the result, each file in the output folder complete or not there."""
         output_dir = self.args.output_dir
         source = Path(output_dir, f"checkpoint-{self.state.global_step}")
         with disk.writing(output_dir, "the result"):
@@ -218,18 +233,18 @@ class Trainer(transformers.Trainer):
         adapter.mkdir(exist_ok=True)
         checkpoints.publish(source, str(adapter))
         if self.merges_lora:
-            model, tokenizer = lora.merge(str(adapter), precision.compute_dtype(self.args), self.args.cache_dir)
+            model, tokenizer = lora.merge(str(adapter), self.args.compute_dtype, self.args.cache_dir)
             model.generation_config = self.model.generation_config
             model.save_pretrained(merged)
             tokenizer.save_pretrained(merged)
             checkpoints.publish(merged, str(output_dir))
 
-    # ------------------------------------------------------------------------------------------------- from the start
+    # ------------------------------------------------------------------------------------------------ the whole run
 
     def train_to_the_end(self, resumed: Path | None, num_steps: int) -> TrainOutput | None:
-        """Train from the start or from a checkpoint; one that has every step already is the result as it is.
+        """Train from the start or from a checkpoint; a checkpoint of the last step is already the result.
 
-        Raises InterruptedRunError after SIGTERM, with a checkpoint of the step it came in.
+        Raises InterruptedRunError after SIGTERM, once the step it came in is saved.
         """
         if resumed and checkpoints.step_of(resumed) >= num_steps:
             self.state = TrainerState.load_from_json(str(resumed / checkpoints.STATE))
@@ -237,10 +252,15 @@ class Trainer(transformers.Trainer):
                 print(f"{resumed} has made all its {self.state.global_step:,} steps", flush=True)
             return None
         output = self.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        if self.watch.told_to_end and self.state.global_step < num_steps:
+        if self.watch.is_stopped and self.state.global_step < num_steps:
             step, output_dir = self.state.global_step, self.args.output_dir
             raise InterruptedRunError(
                 f"SIGTERM came; saved {output_dir}/checkpoint-{step} of {num_steps:,} steps; type the same command "
-                "again to go on from it"
+                "again to resume"
             )
         return output
+
+    def close(self) -> None:
+        """Wait for all ranks and close the process group: one open at exit can abort a rank whose work is done."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: its configuration with offload, what that asks of the machine, and the memory it takes."""
+"""DeepSpeed ZeRO: its configuration with offload, and what offload needs of the machine."""
 
 import json
 import math
@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig
 
 from sft.program import UserError, one_line
 
-SECONDS_TO_BUILD = 1800  # of one of DeepSpeed's extensions, which takes minutes
+SECONDS_TO_BUILD = 1800  # far more than one of DeepSpeed's extensions takes
 OFFLOADS = ("none", "optimizer", "all")
 
 
@@ -20,21 +20,23 @@ def read_configuration(path: str, offload: str, offload_dir: str | None, pin_mem
     """Return a DeepSpeed configuration file as a dictionary, with optimizer states or all states offloaded.
 
     They go to the host's memory, or to files under `offload_dir`, an NVMe disk. Raises UserError if the file cannot be
-    read, or its stage does not offload so.
+    read, or its stage cannot offload what is asked for.
     """
     try:
         configuration = json.loads(Path(path).read_text(encoding="utf-8"))
         stage = configuration["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--deepspeed {path} is no DeepSpeed configuration with a ZeRO stage: {one_line(error)}; give "
+            f"--deepspeed {path} is not a DeepSpeed configuration with a ZeRO stage: {one_line(error)}; give "
             "ds_zero2_config.json or ds_zero3_config.json"
         ) from None
     if offload_dir and offload == "none":
-        raise UserError(f"--offload_dir {offload_dir} is given and nothing is offloaded; type OFFLOAD=optimizer or all")
+        raise UserError(
+            f"--offload_dir {offload_dir} stays empty, since nothing is offloaded; type OFFLOAD=optimizer or all"
+        )
     if stage != 3 and (offload == "all" or (offload != "none" and offload_dir)):
         what = "weights" if offload == "all" else "anything to a disk"
-        raise UserError(f"ZeRO-{stage} does not offload {what}; type ZERO_STAGE=3 (--deepspeed ds_zero3_config.json)")
+        raise UserError(f"ZeRO-{stage} cannot offload {what}; type ZERO_STAGE=3 (--deepspeed ds_zero3_config.json)")
     target = {"device": "cpu", "pin_memory": pin_memory}
     if offload_dir:
         target = {"device": "nvme", "nvme_path": offload_dir, "pin_memory": pin_memory}
@@ -45,32 +47,29 @@ def read_configuration(path: str, offload: str, offload_dir: str | None, pin_mem
     return configuration
 
 
-def size_buffers(args: TrainingArguments, config: PretrainedConfig) -> None:
-    """Make DeepSpeed's buffers for weights on a disk, of 1e8 weights, hold the largest of them, the embeddings."""
-    if args.offload == "all" and args.offload_dir:
-        largest = math.ceil(config.vocab_size * config.hidden_size / args.world_size)
-        offload = args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]
+def size_buffers(configuration: dict, config: PretrainedConfig, world_size: int) -> None:
+    """Make DeepSpeed's buffers for weights on a disk, of 1e8 weights, hold a rank's part of the embeddings."""
+    offload = configuration["zero_optimization"].get("offload_param", {})
+    if offload.get("device") == "nvme":
+        largest = math.ceil(config.vocab_size * config.hidden_size / world_size)
         offload["buffer_size"] = max(largest, 100_000_000)
 
 
-def stage_of(args: TrainingArguments) -> int:
-    """Return the run's ZeRO stage, 0 without DeepSpeed."""
-    return args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else 0
-
-
-def check_machine(args: TrainingArguments) -> None:
-    """Raise UserError if DeepSpeed cannot build here what offload needs; the first build takes a minute."""
+def check_machine(offload: str, offload_dir: str | None) -> None:
+    """Raise UserError if DeepSpeed cannot build what offload needs on this machine; the first build takes a minute."""
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
-    if args.offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
+    if offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("--offload_dir needs libaio; on Debian and Ubuntu: apt install libaio-dev")
     own_root = os.environ.get("TORCH_EXTENSIONS_DIR")
     locks = Path(own_root).glob("*/lock") if own_root else Path(get_default_build_root()).glob("*/*/lock")
     for lock in locks:
         with suppress(FileNotFoundError):  # of a build that ends now
             if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
-                raise UserError(f"{lock} is what a killed build left, and others wait for it for ever; delete it")
-    builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if args.offload_dir else [])
+                raise UserError(
+                    f"{lock} was left by a build that was killed, and every other build waits for it; delete it"
+                )
+    builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if offload_dir else [])
     for builder in builders:
         try:
             builder.load(verbose=False)
@@ -78,31 +77,6 @@ def check_machine(args: TrainingArguments) -> None:
             lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
             reason = lines[1] if len(lines) > 1 else one_line(error)
             raise UserError(
-                f"--offload {args.offload} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; "
+                f"--offload {offload} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; "
                 "install g++ and, with a GPU, the CUDA toolkit that torch was built for, or type --offload none"
             ) from None
-
-
-def ranks_a_host(args: TrainingArguments) -> int:
-    """Return how many of the run's processes are on this host, as its launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or args.world_size)
-
-
-def state_bytes(
-    stage: int, offload: str, num_trained: int, largest: int, num_devices: int, num_hosts: int
-) -> tuple[int, int]:
-    """Return the bytes of weights, gradients and AdamW's states on each device of a host, and on the host.
-
-    They are DeepSpeed's own estimates, made for computing in 16 bits; `largest` is the largest module's number of
-    parameters.
-    """
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-
-    ranks = {"num_gpus_per_node": num_devices, "num_nodes": num_hosts}
-    if stage == 3:
-        offloads = {"cpu_offload": offload != "none", "cpu_offload_params": offload == "all"}
-        on_host, on_device, _ = estimate_zero3_model_states_mem_needs(num_trained, largest, **ranks, **offloads)
-    else:
-        on_host, on_device = estimate_zero2_model_states_mem_needs(num_trained, **ranks, cpu_offload=offload != "none")
-    return on_device, on_host

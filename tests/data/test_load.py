@@ -1,4 +1,4 @@
-"""Rows as a data set, the report on every one of them, their labels, and flat rows."""
+"""Rows as a data set, the report on every one of them, their labels, and flat batches."""
 
 import copy
 import json
@@ -131,7 +131,7 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
         )
 
 
-# -------------------------------------------------------------------------------------------------------- the flat row
+# -------------------------------------------------------------------------------------------------------- the flat batch
 
 
 def example_of(length: int, first: int, *lengths: int) -> dict[str, list[int]]:

@@ -61,7 +61,7 @@ def test_an_empty_row_has_a_token_and_no_label():
     assert labels_of(EvenRows(rows_of(1), 2)[1]) == [IGNORE_INDEX]
 
 
-def test_packed_rows_and_empty_ones_share_a_flat_row(packed):
+def test_packed_rows_and_empty_ones_share_a_flat_batch(packed):
     even = EvenRows(packed, 7)
     assert len(packed) == 3 and len(even) == 7
     first, second = packed[2], packed[0]
@@ -179,7 +179,7 @@ def make_loader(tmp_path: Path) -> Callable[..., DataLoader]:
             data_collator=flatten,
             train_dataset=rows_of(7),
             settings={},
-            examples_share_rows=True,
+            shares_batches=True,
         )
         return trainer.get_train_dataloader()
 

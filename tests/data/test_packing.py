@@ -118,7 +118,7 @@ def examples(request: pytest.FixtureRequest, make_model: Callable[[str], Path], 
 
 
 def split_rows(packed: PackedDataset) -> list[tuple[list[int], list[int]]]:
-    """Return ids and labels of every example in every row, found by the flat row's positions alone."""
+    """Return ids and labels of every example in every row, found by the flat batch's positions alone."""
     found = []
     for index in range(len(packed)):
         row = packed[index]

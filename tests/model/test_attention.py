@@ -1,4 +1,4 @@
-"""In a flat row each example is attended as if it were alone, and nothing of (T, T) is held."""
+"""In a flat batch each example is attended as if it were alone, and nothing of (T, T) is held."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sft import IGNORE_INDEX
 from sft.model import attention, patch
-from sft.model.attention import FlatRow
+from sft.model.attention import FlatBatch
 from sft.tools.random_model import build_model
 from support.project import TINY_SHAPES
 
@@ -176,7 +176,7 @@ def test_blocks_and_examples_give_the_same(shape: str, lengths: tuple[int, ...],
     num_groups = {"falcon-tiny": 1, "falcon-tiny-40b": 2}.get(shape, num_heads)
     generator = torch.Generator().manual_seed(0)
     packed = 2 * torch.randn(1, sum(lengths), num_groups, num_heads // num_groups + 2, 8, generator=generator)
-    row = FlatRow(position_ids, attention.key_bias(model, position_ids))
+    row = FlatBatch(position_ids, attention.key_bias(model, position_ids))
     rotations = None if row.key_bias is not None else tuple(torch.randn(2, 1, sum(lengths), 8, generator=generator))
     by_examples = attention.attend_by_examples(packed, row, rotations)
     by_blocks = attention.attend_by_blocks(packed, row, rotations)
@@ -205,7 +205,7 @@ EDGES = [(256,), (255, 50), (256, 50), (257, 127), (127, 257), (1, 383), (300,),
 
 @pytest.mark.parametrize("lengths", [*EDGES, *map(draw_lengths, range(30))])
 def test_the_block_mask_is_the_one_torch_makes_of_every_pair(lengths: tuple[int, ...]):
-    row = FlatRow(positions_of(lengths))
+    row = FlatBatch(positions_of(lengths))
     length = row.position_ids.shape[1]
     expected = create_block_mask(row.mask_mod, 1, 1, length, length, device="cpu")
     for kind in ("kv", "full_kv", "q", "full_q"):
@@ -218,7 +218,7 @@ def test_the_block_mask_is_the_one_torch_makes_of_every_pair(lengths: tuple[int,
 
 
 def test_a_query_meets_the_keys_of_its_own_example_up_to_itself():
-    row = FlatRow(positions_of((2, 3)))
+    row = FlatBatch(positions_of((2, 3)))
     tokens = torch.arange(5)
     assert row.mask_mod(0, 0, tokens[:, None], tokens[None]).int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -352,7 +352,7 @@ def test_blocks_and_examples_give_the_same_gradients_on_a_gpu(head_dim: int, num
     results = []
     for attend in (attention.attend_by_blocks, attention.attend_by_examples):
         inputs = packed.clone().requires_grad_()
-        context = attend(inputs, FlatRow(position_ids, bias))
+        context = attend(inputs, FlatBatch(position_ids, bias))
         results.append([context, *torch.autograd.grad(context, inputs, upstream)])
     for by_blocks, by_examples in zip(*results, strict=True):
         assert off_by(by_blocks.float(), by_examples.float()) <= 2e-2

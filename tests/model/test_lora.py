@@ -1,4 +1,4 @@
-"""LoRA on flat rows equals LoRA by hand, adapters are whole, and merged folders compute the same."""
+"""LoRA on flat batches equals LoRA by hand, adapters are whole, and merged folders compute the same."""
 
 import json
 import os
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.model import lora, patch
 from sft.model.load import count_parameters, load_config
-from sft.model.lora import LoraArguments
 from sft.tools.random_model import build_model
 from support.plain_loop import FIXED, logged, plain_losses
 from support.project import PROJECT, TINY_SHAPES
@@ -44,10 +43,10 @@ def train(run: Callable, make_model: Callable, data: Path) -> Callable[..., subp
 
 
 def with_lora(shape: str) -> PeftModel:
-    """Return a model for flat rows with LoRA whose second matrices are no zeros."""
+    """Return a model for flat batches with LoRA whose second matrices are no zeros."""
     model = build_model(shape).eval()
     patch.install(model)
-    model = lora.add(model, LoraArguments(lora_r=RANK), "", seed=0)
+    model = lora.add(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM"), "", seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -118,7 +117,7 @@ def test_killed_and_started_again_equals_never_interrupted(packing, train, tmp_p
     shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
     shutil.rmtree(tmp_path / "killed" / "adapter")
     (tmp_path / "killed" / "model.safetensors").unlink()
-    assert "going on from" in train("falcon-tiny", tmp_path / "killed", *flags).stdout
+    assert "resuming from" in train("falcon-tiny", tmp_path / "killed", *flags).stdout
     for name in ("adapter", "checkpoint-4"):
         whole, killed = adapter_of(tmp_path / "whole" / name), adapter_of(tmp_path / "killed" / name)
         assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
@@ -233,7 +232,7 @@ def test_four_bits_train_an_adapter_and_go_on(train, make_model, tmp_path):
     assert "frozen in 4 bits" in train("bloom-tiny", tmp_path, *flags, PYTHONPATH=str(BITSANDBYTES)).stdout
     shutil.rmtree(tmp_path / "checkpoint-4")
     whole = adapter_of(tmp_path / "adapter")
-    assert "going on from" in train("bloom-tiny", tmp_path, *flags, PYTHONPATH=str(BITSANDBYTES)).stdout
+    assert "resuming from" in train("bloom-tiny", tmp_path, *flags, PYTHONPATH=str(BITSANDBYTES)).stdout
     again = adapter_of(tmp_path / "adapter")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert logged(tmp_path)[-1] < logged(tmp_path)[0]
@@ -257,14 +256,14 @@ def test_eight_bit_adam_trains(run, make_model, data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_r", "-1"], "error: --lora_r -1 --lora_alpha None --lora_dropout 0.0 is no LoRA; "),
-        (["--lora_dropout", "1"], "expected a rank and an alpha above 0 and a dropout from 0 to below 1"),
-        (["--lora_r", "0", "--lora_alpha", "8"], "LoRA's, which is off; add --lora_r 16"),
-        (["--lora_r", "0", "--load_in_4bit"], "LoRA's, which is off; add --lora_r 16"),
+        (["--lora_r", "-1"], "error: --lora_r -1 --lora_alpha None --lora_dropout 0.0 cannot be used: rank and alpha must be "),
+        (["--lora_dropout", "1"], "rank and alpha must be above 0, and dropout in [0, 1)"),
+        (["--lora_r", "0", "--lora_alpha", "8"], "need LoRA, which is off; add --lora_r 16"),
+        (["--lora_r", "0", "--load_in_4bit"], "need LoRA, which is off; add --lora_r 16"),
         (["--load_in_4bit"], "error: --load_in_4bit needs bitsandbytes; type pip install bitsandbytes=="),
         (["--optim", "paged_adamw_8bit"], "error: --optim paged_adamw_8bit needs bitsandbytes; type pip install"),
         (["--optim", "adamw_torch_8bit"], "type --optim adamw_bnb_8bit"),
-        (["--lora_target_modules", "nothing"], "error: --lora_target_modules does not fit: "),
+        (["--lora_target_modules", "nothing"], "error: --lora_target_modules does not fit the model: "),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(flags, message, train, tmp_path):
@@ -276,7 +275,7 @@ def test_what_cannot_be_is_refused_in_one_line(flags, message, train, tmp_path):
 def test_four_bits_and_zero_3_are_refused(train, tmp_path):
     flags = ["--load_in_4bit", "--deepspeed", "ds_zero3_config.json", "--use_cpu", "True"]
     result = train("bloom-tiny", tmp_path, *flags, code=2)
-    assert "--load_in_4bit weights cannot be split by ZeRO-3; type ZERO_STAGE=2" in result.stderr
+    assert "--load_in_4bit does not go with ZeRO-3, which cannot split such weights; type ZERO_STAGE=2" in result.stderr
 
 
 def test_another_rank_does_not_go_on_from_a_checkpoint(train, tmp_path):

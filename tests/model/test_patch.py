@@ -1,4 +1,4 @@
-"""A model made to train on flat rows is told from its own forward only where it would be wrong."""
+"""A model made to train on flat batches is told from its own forward only where it would be wrong."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -169,8 +169,8 @@ def test_the_check_passes_and_leaves_the_model_as_it_was(name: str, training: bo
     alone, packed = patch.measure_leak(model)
     assert alone < TOLERANCE[device]
     assert packed < TOLERANCE[device]
-    assert patch.check(model, torch.float32, examples_share_rows=True) == packed
-    assert patch.check(model, torch.float32, examples_share_rows=False) == alone
+    assert patch.check(model, torch.float32, shares_batches=True) == packed
+    assert patch.check(model, torch.float32, shares_batches=False) == alone
     assert model.training is training
     assert replaced_forwards(model) == forwards
 
@@ -181,7 +181,7 @@ def test_the_check_looks_without_dropout():
         if hasattr(module, "hidden_dropout"):
             module.hidden_dropout = 0.5
     patch.install(model)
-    assert patch.check(model, torch.float32, examples_share_rows=True) < 1e-5
+    assert patch.check(model, torch.float32, shares_batches=True) < 1e-5
 
 
 def test_the_leak_is_measured_by_the_largest_logit():
@@ -208,12 +208,12 @@ def assert_told_as_a_leak(model: PreTrainedModel):
     assert packed > 0.1
     for dtype, limit in ((torch.float32, "0.001"), (torch.bfloat16, "0.05"), (torch.float16, "0.05")):
         with pytest.raises(UserError) as refusal:
-            patch.check(model, dtype, examples_share_rows=True)
+            patch.check(model, dtype, shares_batches=True)
         text = str(refusal.value)
         assert text.startswith(f"{model.config.model_type} cannot be packed")
         assert f"off by {packed:.2g} of the largest, at most {limit} is rounding" in text
         assert "--packing False" in text
-        assert patch.check(model, dtype, examples_share_rows=False) == alone
+        assert patch.check(model, dtype, shares_batches=False) == alone
 
 
 @pytest.mark.parametrize("shape", TINY_SHAPES)
@@ -221,7 +221,7 @@ def test_boundaries_that_attention_ignores_are_found(shape: str, monkeypatch: py
     model = build(shape)
     patch.install(model)
     whole = property(lambda row: [(0, row.position_ids.shape[1])])
-    monkeypatch.setattr(attention.FlatRow, "spans", whole)
+    monkeypatch.setattr(attention.FlatBatch, "spans", whole)
     assert_told_as_a_leak(model)
 
 
@@ -244,9 +244,9 @@ def test_a_family_whose_logits_are_not_the_heads_is_refused_even_without_packing
     patch.install(model)
     alone, _ = patch.measure_leak(model)
     assert alone > 0.1
-    for examples_share_rows in (True, False):
+    for shares_batches in (True, False):
         with pytest.raises(UserError, match=f"gemma2 cannot be trained here: .* off by {alone:.2g} of the largest"):
-            patch.check(model, torch.float32, examples_share_rows)
+            patch.check(model, torch.float32, shares_batches)
 
 
 def test_logits_that_are_no_numbers_are_refused():
@@ -254,7 +254,7 @@ def test_logits_that_are_no_numbers_are_refused():
     model.transformer.ln_f.weight.data[0] = torch.nan
     patch.install(model)
     with pytest.raises(UserError, match="off by nan"):
-        patch.check(model, torch.bfloat16, examples_share_rows=False)
+        patch.check(model, torch.bfloat16, shares_batches=False)
 
 
 @pytest.mark.parametrize("name", ["bloom-tiny", "falcon-tiny"])
@@ -280,7 +280,7 @@ def test_falcon_may_have_alibi_and_fewer_key_value_heads(heads: dict):
     config = AutoConfig.for_model(**{**own, "parallel_attn": True, **heads})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     patch.install(model)
-    assert patch.check(model, torch.float32, examples_share_rows=True) < 1e-5
+    assert patch.check(model, torch.float32, shares_batches=True) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -154,7 +154,7 @@ def test_a_zero_3_folder_gives_the_losses_of_the_run_itself_and_a_run_goes_on_fr
     shutil.rmtree(newest)
     (tmp_path / "model.safetensors").unlink()
     printed = two_ranks(train, "ZeRO-3", tmp_path, "bloom-tiny", *flags)
-    assert f"going on from {tmp_path}/checkpoint-3" in printed
+    assert f"resuming from {tmp_path}/checkpoint-3" in printed
     assert logged(tmp_path) == losses
     assert all(torch.equal(tensor, result[name]) for name, tensor in weights(tmp_path).items())
 
@@ -173,7 +173,7 @@ def test_one_process_goes_on_exactly_from_a_checkpoint_of_two(train, one_process
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
     shutil.rmtree(tmp_path / "checkpoint-6")
     printed = train(["sh", "base_run.sh"], tmp_path, "bloom-tiny", "--gradient_accumulation_steps", "4", *flags)
-    assert f"going on from {tmp_path}/checkpoint-3" in printed
+    assert f"resuming from {tmp_path}/checkpoint-3" in printed
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
 
 

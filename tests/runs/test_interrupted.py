@@ -164,12 +164,12 @@ def test_a_disk_that_another_fills_up_leaves_the_older_checkpoint_whole(start, s
     (small_disk / "another file").write_bytes(bytes(int(free - 1.5 * 2**20)))
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == 2
-    expected = r"^error: checkpoint-80 needs about 2.0 MiB and \S+ has 1.5 MiB free; \S+/checkpoint-40 is whole; free"
+    expected = r"^error: checkpoint-80 needs about 2.0 MiB and \S+ has 1.5 MiB free; \S+/checkpoint-40 is complete; free"
     assert re.search(expected, stderr, re.MULTILINE), stderr
 
     (small_disk / "another file").unlink()
     printed = finish(start(small_disk / "run", "--max_steps", "42", "--save_steps", "40"))
-    assert "going on from" in printed and "in 42 steps" in printed
+    assert "resuming from" in printed and "in 42 steps" in printed
 
 
 @pytest.mark.parametrize("small_disk", ["1960k"], indirect=True)
@@ -210,7 +210,7 @@ def test_damaged_checkpoints_are_left_aside_and_an_older_one_serves(start, tmp_p
         (unmarked, "it has no complete.json"),
         (hollow, "it has no weights"),
     ):
-        assert f"{folder} is incomplete and left aside: {reason}" in printed
-    assert "going on from" in printed and "checkpoint-2\n" in printed
+        assert f"{folder} is incomplete and skipped: {reason}" in printed
+    assert "resuming from" in printed and "checkpoint-2\n" in printed
     assert not (tmp_path / ".in-use").exists()
     assert (tmp_path / "model.safetensors").read_bytes() == result

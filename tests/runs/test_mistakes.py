@@ -41,7 +41,7 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
         "expected a causal language model",
     ),
     "output is a file": (lambda t, m: {"--output_dir": write(t / "taken", "mine")}, "is a file"),
-    "output is the model": (lambda t, m: {"--output_dir": m}, "is the model itself"),
+    "output is the model": (lambda t, m: {"--output_dir": m}, "is the model folder itself"),
     "tracker that is not installed": (lambda t, m: {"--report_to": "wandb"}, "wandb is not installed"),
     "length below the template": (lambda t, m: {"--model_max_length": "20"}, "--model_max_length 20 is too short"),
     "share out of range": (lambda t, m: {"--eval_fraction": "2"}, "--eval_fraction 2.0"),
@@ -135,7 +135,7 @@ def test_a_disk_without_room_for_the_data_report_is_one_line(make_model, cache_d
     def fill(reports, path: Path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(summary, "write_data_report", fill)
+    monkeypatch.setattr(train_sft, "write_data_report", fill)
     flags = {"--model_name_or_path": make_model("bloom-tiny"), "--data_path": DATA, "--cache_dir": cache_dir}
     line, _ = end_of({**flags, "--output_dir": tmp_path / "output"}, monkeypatch, capfd)
     assert f"{tmp_path / 'output' / 'data_report.jsonl'} cannot be written: " in line and "No space left" in line

@@ -150,7 +150,7 @@ def test_killed_and_started_again_equals_never_interrupted(run, arguments, data,
     printed = finish(run, arguments(data, tmp_path / "whole", *flags))
     kill_behind(tmp_path / "killed" / "checkpoint-12", arguments(data, tmp_path / "killed", *flags))
     again = finish(run, arguments(data, tmp_path / "killed", *flags))
-    assert "going on from" in again and "/checkpoint-" in again
+    assert "resuming from" in again and "/checkpoint-" in again
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert logged(whole) == logged(killed) and len(logged(whole)) == 36

@@ -50,7 +50,7 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     assert logged(tmp_path) == pytest.approx(plain_losses(make_model(shape), 3 * packed), abs=1e-5)
     assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
     assert (
-        f"about {24 / len(packed):.0f} examples a step = {24 / len(packed):.1f} a row x 1 per device" in result.stdout
+        f"about {24 / len(packed):.0f} examples per step = {24 / len(packed):.1f} per sequence x 1 per device" in result.stdout
     )
 
 
@@ -65,7 +65,7 @@ def test_packing_is_refused_where_one_example_reads_another(
     def one_example(row):
         return [(0, row.position_ids.shape[1])]
 
-    monkeypatch.setattr(attention.FlatRow, "spans", property(one_example))
+    monkeypatch.setattr(attention.FlatBatch, "spans", property(one_example))
     given = ["--model_name_or_path", make_model(shape), "--data_path", data, "--output_dir", tmp_path / "output"]
     given += ["--packing", "True", "--cache_dir", cache_dir]
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, given)])
@@ -156,7 +156,7 @@ def test_curve_card_and_tensorboard_are_written(finished):
     assert f"training loss: {logged(output)[0]:.4f} at step 1, {logged(output)[-1]:.4f} at step " in card
     before, *_, after = logged(output, "eval_loss")
     assert f"held-out loss: {before:.4f} before the first step, {after:.4f} at step " in card
-    assert re.search(r"^- [1-9][\d,]* tokens a second in the steps", card, re.MULTILINE)
+    assert re.search(r"^- [1-9][\d,]* tokens/s in the steps", card, re.MULTILINE)
     assert f"hardware: {processor().split(',')[0]}" in card and f"torch {torch.__version__}, transformers" in card
     assert "25 kept (1 of them cut), 1 refused" in card and "`data_report.jsonl`" in card
     assert "research only" in card and "RAIL" in card
@@ -217,7 +217,7 @@ def test_killed_and_started_again_equals_never_interrupted(run, make_model, data
 
     (killed / "checkpoint-99").mkdir()
     again = train(run, make_model("bloom-tiny"), data, killed, *flags)
-    assert re.search(r"going on from \S+checkpoint-(10|15|20|25|30)", again.stdout)
+    assert re.search(r"resuming from \S+checkpoint-(10|15|20|25|30)", again.stdout)
     assert "checkpoint-99 is incomplete" in again.stderr
     whole, resumed = weights(tmp_path / "whole"), weights(killed)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

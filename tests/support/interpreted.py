@@ -228,7 +228,7 @@ def off_by(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def attended(packed: torch.Tensor, row: attention.FlatRow, rotations: attention.Rotations | None) -> torch.Tensor:
+def attended(packed: torch.Tensor, row: attention.FlatBatch, rotations: attention.Rotations | None) -> torch.Tensor:
     """Return attention by its formula, every score there at once, in the dtype of `packed`."""
     query, key, value = attention.split(packed, rotations)
     repeats = query.shape[1] // key.shape[1]
@@ -256,7 +256,7 @@ def run_attention(name: str) -> dict:
         bias = torch.randn(num_heads, 1) * positions[0] if num_groups == num_heads else None
         angles = positions[..., None] * torch.rand(head_dim // 2).repeat(2)
         rotations = None if bias is not None else (angles.cos(), angles.sin())
-        row = attention.FlatRow(positions, bias)
+        row = attention.FlatBatch(positions, bias)
         with torch.set_grad_enabled(has_gradient):
             output = attention.attend_by_blocks(packed, row, rotations)
         exact = packed.detach().double().requires_grad_(has_gradient)

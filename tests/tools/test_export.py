@@ -228,7 +228,7 @@ def test_an_output_folder_without_a_complete_checkpoint_is_refused(exported, mak
     assert (code, stdout, len(lines)) == (2, "", 3)
     assert lines[-1] == f"error: {tmp_path / 'run'} has no complete checkpoint; give another folder"
     for step, line in zip((2, 4), lines, strict=False):
-        assert f"checkpoint-{step} is incomplete and left aside: optimizer.pt is missing" in line
+        assert f"checkpoint-{step} is incomplete and skipped: optimizer.pt is missing" in line
     assert not (tmp_path / "exported").exists()
 
 

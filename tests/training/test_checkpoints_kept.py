@@ -105,14 +105,14 @@ def test_one_that_is_half_deleted_is_incomplete(tmp_path: Path, monkeypatch: pyt
 
 
 def assert_weights_alone(folder: Path) -> None:
-    assert checkpoints.fault_of(folder) is None and not checkpoints.can_go_on(folder)
+    assert checkpoints.fault_of(folder) is None and not checkpoints.has_optimizer_state(folder)
     marker = json.loads((folder / checkpoints.MARKER).read_text())
     assert sorted(marker["files"]) == KEPT and marker["settings"] == SETTINGS
 
 
 def test_weights_alone_are_complete_but_nothing_to_go_on_from(tmp_path: Path):
     folder = write_checkpoint(tmp_path)
-    assert checkpoints.can_go_on(folder)
+    assert checkpoints.has_optimizer_state(folder)
     for _ in range(2):  # a run does so again after each later save
         checkpoints.keep_weights_alone(folder)
         assert [path.name for path in sorted(folder.iterdir())] == sorted([*KEPT, checkpoints.MARKER])
@@ -137,7 +137,7 @@ def test_one_that_is_about_to_be_stripped_can_be_gone_on_from(tmp_path: Path, mo
     monkeypatch.setattr(Path, "rename", kill)
     with pytest.raises(KilledError):
         checkpoints.keep_weights_alone(folder)
-    assert checkpoints.fault_of(folder) is None and checkpoints.can_go_on(folder)
+    assert checkpoints.fault_of(folder) is None and checkpoints.has_optimizer_state(folder)
     assert {*KEPT, *OPTIMIZER, *DEEPSPEED} < set(files_in(folder))
 
 
@@ -147,7 +147,7 @@ def test_one_that_is_about_to_be_stripped_can_be_gone_on_from(tmp_path: Path, mo
 def test_one_that_lists_an_optimizer_of_either_kind_can_be_gone_on_from(tmp_path: Path, listed: str, expected: bool):
     folder = fill(tmp_path / "checkpoint-5")
     checkpoints.mark(folder, SETTINGS, ["model.safetensors", listed])
-    assert checkpoints.can_go_on(folder) == expected
+    assert checkpoints.has_optimizer_state(folder) == expected
 
 
 def test_the_result_is_linked_weights_and_copies_of_the_rest(tmp_path: Path):

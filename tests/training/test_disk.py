@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from sft.program import OneRankError, UserError
 from sft.training import checkpoints, disk
+from sft.training.arguments import Schedule
 
 GIB = 2**30
 
@@ -40,6 +41,7 @@ def names_in(folder: Path) -> list[str]:
 def args_with(output_dir: object = ".", strategy: str = "steps", **fields: object) -> SimpleNamespace:
     defaults = {"bf16": False, "fp16": False, "save_only_model": False, "save_steps": 10, "save_total_limit": None}
     defaults |= {"load_best_model_at_end": False, "world_size": 2, "process_index": 0, "save_on_each_node": False}
+    defaults["ranks_per_host"] = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 2)
     return SimpleNamespace(**{**defaults, **fields}, output_dir=str(output_dir), save_strategy=SaveStrategy(strategy))
 
 
@@ -124,43 +126,43 @@ def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):
 )
 def test_as_many_are_there_at_once_as_are_saved_or_kept(strategy, save_steps, limit, expected, with_best):
     fields = {"strategy": strategy, "save_steps": save_steps, "save_total_limit": limit}
-    assert disk.num_at_once(args_with(**fields), num_steps=95, num_epochs=2.1) == expected
-    assert disk.num_at_once(args_with(**fields, load_best_model_at_end=True), 95, 2.1) == with_best
+    assert disk.num_at_once(args_with(**fields), Schedule(95, 2.1)) == expected
+    assert disk.num_at_once(args_with(**fields, load_best_model_at_end=True), Schedule(95, 2.1)) == with_best
 
 
 @pytest.mark.parametrize("free", [4 * GIB - 1, 4 * GIB], ids=["too little", "just enough"])
 def test_the_checkpoints_to_come_need_room_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int):
     output_dir = tmp_path / "not" / "there"
     have_free(monkeypatch, free)
-    said = "has 4.0 GiB free, and 4.0 GiB are needed: 2 checkpoints at once of about 2.0 GiB; give"
+    said = "has 4.0 GiB free and needs 4.0 GiB: 2 checkpoints at once of about 2.0 GiB; give"
     with nullcontext() if free == 4 * GIB else pytest.raises(UserError, match=f"--output_dir {output_dir} {said}"):
-        disk.check_room(args_with(output_dir), 20, 1, 2 * GIB)
+        disk.check_free(args_with(output_dir), Schedule(20, 1), 2 * GIB)
     assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"save_total_limit": 5}, "7.5 GiB are needed: 5 checkpoints at once of about 1.5 GiB"),
-        ({"save_total_limit": 1, "load_best_model_at_end": True}, "6.0 GiB are needed: 4 checkpoints at once of"),
-        ({"strategy": "epoch"}, "4.5 GiB are needed: 3 checkpoints at once of"),
-        ({"strategy": "no"}, "1.5 GiB are needed: 1 checkpoint of about 1.5 GiB"),
+        ({"save_total_limit": 5}, "7.5 GiB: 5 checkpoints at once of about 1.5 GiB"),
+        ({"save_total_limit": 1, "load_best_model_at_end": True}, "6.0 GiB: 4 checkpoints at once of"),
+        ({"strategy": "epoch"}, "4.5 GiB: 3 checkpoints at once of"),
+        ({"strategy": "no"}, "1.5 GiB: 1 checkpoint of about 1.5 GiB"),
     ],
     ids=["those kept", "the best and the result too", "one an epoch", "the result"],
 )
 def test_both_figures_are_in_the_message(tmp_path, monkeypatch, fields, said):
     have_free(monkeypatch, 50 * 2**20)
-    with pytest.raises(UserError, match=f"has 50.0 MiB free, and {said}"):
-        disk.check_room(args_with(tmp_path, **fields), 100, 2.1, 3 * GIB // 2)
+    with pytest.raises(UserError, match=f"has 50.0 MiB free and needs {said}"):
+        disk.check_free(args_with(tmp_path, **fields), Schedule(100, 2.1), 3 * GIB // 2)
 
 
 def test_room_that_checkpoints_have_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for step, size in ((9, GIB // 2), (10, GIB), (11, GIB)):
         write_checkpoint(tmp_path, step, size)
     have_free(monkeypatch, GIB)
-    disk.check_room(args_with(tmp_path), 30, 1, GIB)
-    with pytest.raises(UserError, match=r"has 1\.0 GiB free, and 2\.0 GiB are needed: 2 checkpoints at once of"):
-        disk.check_room(args_with(tmp_path, save_total_limit=2), 30, 1, 2 * GIB)
+    disk.check_free(args_with(tmp_path), Schedule(30, 1), GIB)
+    with pytest.raises(UserError, match=r"has 1\.0 GiB free and needs 2\.0 GiB: 2 checkpoints at once of"):
+        disk.check_free(args_with(tmp_path, save_total_limit=2), Schedule(30, 1), 2 * GIB)
 
 
 def test_a_new_folder_in_a_writable_one_passes_and_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -215,9 +217,9 @@ def test_a_folder_that_one_may_not_write_to_or_enter_is_refused(closed: Path, mo
 def test_the_room_below_a_folder_that_one_may_not_enter_is_known(closed, monkeypatch, name):
     closed.chmod(0)
     have_free(monkeypatch, 2 * GIB)
-    said = f"^--output_dir {closed / name} has 2.0 GiB free, and [^\\n]*$"
+    said = f"^--output_dir {closed / name} has 2.0 GiB free and [^\\n]*$"
     with as_nobody(), pytest.raises(UserError, match=said):
-        disk.check_room(args_with(closed / name), 20, 1, 2 * GIB)
+        disk.check_free(args_with(closed / name), Schedule(20, 1), 2 * GIB)
 
 
 def test_a_folder_inside_a_file_is_refused(tmp_path: Path):
@@ -258,7 +260,7 @@ def test_too_little_room_is_refused_with_what_is_left(tmp_path: Path, monkeypatc
     with pytest.raises(UserError) as caught:
         disk.make_room(str(tmp_path), "checkpoint-10", 3 * GIB, 1, best=None)
     assert str(caught.value) == (
-        f"checkpoint-10 needs about 3.0 GiB and {tmp_path} has 2.0 GiB free; {tmp_path}/checkpoint-9 is whole; free "
+        f"checkpoint-10 needs about 3.0 GiB and {tmp_path} has 2.0 GiB free; {tmp_path}/checkpoint-9 is complete; free "
         "the disk and type the same command again"
     )
     assert checkpoints.complete_steps(str(tmp_path)) == [9]
@@ -286,7 +288,7 @@ def test_a_full_disk_costs_only_the_one_being_written(small_disk: Path, write: C
         write(unfinished)
     message = str(caught.value)
     assert message.startswith(f"checkpoint-2 cannot be written to {small_disk}: ") and "\n" not in message
-    assert f"; {small_disk}/checkpoint-1 is whole; free the disk" in message
+    assert f"; {small_disk}/checkpoint-1 is complete; free the disk" in message
     assert names_in(small_disk) == ["checkpoint-1"]
     assert checkpoints.complete_steps(str(small_disk)) == [1]
 
@@ -299,7 +301,9 @@ def test_a_disk_that_turns_read_only_is_told_as_well(small_disk: Path):
     assert checkpoints.complete_steps(str(small_disk)) == [1]
 
 
-@pytest.mark.parametrize(("complete", "left"), [(True, "checkpoint-2 is whole"), (False, "no complete checkpoint")])
+@pytest.mark.parametrize(
+    ("complete", "left"), [(True, "checkpoint-2 is complete"), (False, "there is no complete checkpoint")]
+)
 def test_only_one_without_its_marker_goes_when_the_disk_is_full(tmp_path: Path, complete: bool, left: str):
     write_checkpoint(tmp_path, 2, complete=complete)
     with pytest.raises(OneRankError, match=left), disk.writing(str(tmp_path), "checkpoint-2"):
@@ -381,7 +385,9 @@ def let_another_host_answer(monkeypatch: pytest.MonkeyPatch, answer: bool, probe
 def test_hosts_must_share_the_output_folder(tmp_path, monkeypatch, is_shared, on_each_node):
     output_dir = tmp_path / "new" / "run"
     told = let_another_host_answer(monkeypatch, is_shared, output_dir / ".from-the-first-host", makes_probe=False)
-    said = f"--output_dir {output_dir} is not one folder for all hosts, .* give a folder on a disk that the hosts share"
+    said = (
+        f"--output_dir {output_dir} is a different folder on each host, .* give a folder on a disk that the hosts share"
+    )
     with nullcontext() if is_shared else pytest.raises(UserError, match=said):
         disk.check_shared(args_with(output_dir, save_on_each_node=on_each_node))
     assert told == [(None, True), (True, True)]
@@ -392,7 +398,7 @@ def test_hosts_must_share_the_output_folder(tmp_path, monkeypatch, is_shared, on
 def test_the_second_host_looks_for_the_probe_of_the_first(tmp_path, monkeypatch, is_shared):
     probe = tmp_path / ".from-the-first-host"
     told = let_another_host_answer(monkeypatch, True, probe, makes_probe=is_shared)
-    with nullcontext() if is_shared else pytest.raises(UserError, match="is not one folder"):
+    with nullcontext() if is_shared else pytest.raises(UserError, match="is a different folder"):
         disk.check_shared(args_with(tmp_path, process_index=1))
     assert told == [(None, is_shared), (is_shared, is_shared)]
     assert probe.exists() == is_shared

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from safetensors.torch import save_file
+from sft.data.sequences import SampleSequences, Sequences
 
-import train_sft
-from sft.data.packing import PackedDataset
+from sft.data import sequences
+from sft.data.packing import PackedSequences
 from sft.program import UserError
+from sft.tools.random_model import SHAPES
 from sft.training import checkpoints, resume
-from sft.training.resume import check_settings, find, settings_of
+from sft.training.arguments import ModelArguments, TrainingArguments
+from sft.training.resume import RunSettings, check_settings, find, settings_of
+from support.project import PROJECT
 
 LENGTHS = [3, 5, 2, 4, 6, 3, 3]
-MODEL = {"parameters": 100}
 LIST = List(Value("int32"))
 FEATURES = Features({"input_ids": LIST, "lengths": LIST, "length": Value("int32")})
 
@@ -39,11 +43,11 @@ def columns() -> dict[str, list]:
 
 
 @pytest.fixture
-def make_args(tmp_path: Path) -> Callable[..., train_sft.TrainingArguments]:
+def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
     """Return a function that gives the arguments of a run, as the command line sets them."""
 
-    def make(**flags: object) -> train_sft.TrainingArguments:
-        return train_sft.TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=[], **flags)
+    def make(**flags: object) -> TrainingArguments:
+        return TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=[], **flags)
 
     return make
 
@@ -51,13 +55,20 @@ def make_args(tmp_path: Path) -> Callable[..., train_sft.TrainingArguments]:
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def data_hash(args: train_sft.TrainingArguments, rows: Dataset | PackedDataset) -> str:
-    return settings_of(args, rows, 0, MODEL)["the examples' hash"]
+def of_run(
+    args: TrainingArguments, data: Sequences | Dataset, shape: str = "bloom-tiny", **lora: object
+) -> RunSettings:
+    """Return the settings of a run of all weights, unless LoRA's flags are given."""
+    data = SampleSequences(data) if isinstance(data, Dataset) else data
+    return settings_of(ModelArguments("m", **lora), args, data, SHAPES[shape])
+
+
+def data_hash(args: TrainingArguments, data: Dataset) -> str:
+    return of_run(args, data).data_fingerprint
 
 
 def test_the_same_run_has_the_same_settings(make_args, columns):
-    again = settings_of(make_args(), dataset_of(copy.deepcopy(columns)), 2, MODEL)
-    assert settings_of(make_args(), dataset_of(columns), 2, MODEL) == again
+    assert of_run(make_args(), dataset_of(copy.deepcopy(columns))) == of_run(make_args(), dataset_of(columns))
 
 
 def test_rows_that_were_selected_are_the_same_as_if_they_stood_alone(make_args, columns):
@@ -87,7 +98,7 @@ def test_other_data_has_another_hash(make_args, columns, what):
 
 
 def test_of_much_data_the_lengths_of_all_and_the_tokens_of_some_are_told_apart(make_args, columns, monkeypatch):
-    monkeypatch.setattr(resume, "NUM_HASHED", 3)  # the first, the middle and the last one
+    monkeypatch.setattr(sequences, "NUM_HASHED", 3)  # the first, the middle and the last one
     expected = data_hash(make_args(), dataset_of(columns))
     for index in range(len(LENGTHS)):
         changed = copy.deepcopy(columns)
@@ -120,66 +131,80 @@ FLAGS = {
 }
 
 
-def differences(one: dict, other: dict) -> set[str]:
-    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+def differences(one: RunSettings, other: RunSettings) -> set[str]:
+    return {name for name, *_ in one.differences(other.named())}
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_is_among_the_settings_by_its_name(make_args, columns, name):
-    plain, changed = (settings_of(args, dataset_of(columns), 0, MODEL) for args in (make_args(), make_args(**FLAGS)))
+    plain, changed = (of_run(args, dataset_of(columns)) for args in (make_args(), make_args(**FLAGS)))
     assert f"--{name}" in differences(plain, changed)
-    assert changed[f"--{name}"] == FLAGS[name]
+    assert changed.named()[f"--{name}"] == FLAGS[name]
 
 
 def test_flags_that_change_no_number_are_not_among_the_settings(make_args, columns):
     other = make_args(logging_steps=3, save_steps=7, save_total_limit=9, num_train_epochs=9, dataloader_num_workers=1)
-    assert (
-        differences(
-            settings_of(make_args(), dataset_of(columns), 0, MODEL),
-            settings_of(other, dataset_of(columns), 0, MODEL),
-        )
-        == set()
-    )
+    assert of_run(make_args(), dataset_of(columns)) == of_run(other, dataset_of(columns))
+
+
+def zero(stage: int) -> str:
+    return str(PROJECT / f"ds_zero{stage}_config.json")
 
 
 def test_packing_parameters_and_stage_are_among_the_settings(make_args, columns):
-    args, rows = make_args(), dataset_of(columns)
-    plain = settings_of(args, rows, 2, MODEL)
-    assert differences(plain, settings_of(args, PackedDataset(rows, 8), 2, MODEL)) == {"--packing"}
-    assert differences(plain, settings_of(args, rows, 3, MODEL)) == {"ZERO_STAGE"}
-    assert differences(plain, settings_of(args, rows, 2, {"parameters": 101})) == {"parameters"}
+    args, samples = make_args(deepspeed=zero(2)), dataset_of(columns)
+    plain = of_run(args, samples)
+    assert differences(plain, of_run(args, PackedSequences(samples, 8))) == {"--packing"}
+    assert differences(plain, of_run(make_args(deepspeed=zero(3)), samples)) == {"ZERO_STAGE"}
+    other = of_run(args, samples, "bloom-tiny-6-heads")
+    assert differences(plain, other) == {"parameters", "trained parameters"}
+    lora = of_run(args, samples, lora_r=4)
+    assert differences(plain, lora) >= {"--lora_r", "trained parameters"} and lora.is_lora and not plain.is_lora
+    targets = {"lora_target_modules": ["dense"]}
+    assert differences(lora, of_run(args, samples, lora_r=4, **targets)) == {
+        "--lora_target_modules",
+        "trained parameters",
+    }
 
 
-def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_args, columns, monkeypatch):
-    rows = dataset_of(columns)
+def test_other_ranks_may_resume_with_as_many_sequences_a_step_but_not_with_zero(make_args, columns, monkeypatch):
+    samples = dataset_of(columns)
     sizes = ((4, 1, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1))  # batch, accumulated, processes
 
-    def settings(stage: int) -> list[dict]:
+    def settings(stage: int) -> list[RunSettings]:
         found = []
         for batch, accumulated, processes in sizes:
-            args = make_args(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
-            monkeypatch.setattr(train_sft.TrainingArguments, "world_size", processes)
-            found.append(settings_of(args, rows, stage, MODEL))
+            args = make_args(
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulated,
+                deepspeed=zero(stage) if stage else None,
+            )
+            with monkeypatch.context() as patched:
+                patched.setattr(TrainingArguments, "world_size", processes)
+                found.append(of_run(args, samples))
         return found
 
     batch, ranks, accumulated, fewer = settings(0)
     assert batch == ranks == accumulated
-    assert batch["rows a step"] == 4 and differences(batch, fewer) == {"rows a step"}
+    assert batch.sequences_per_step == 4 and differences(batch, fewer) == {"rows a step"}
     batch, ranks, accumulated, _ = settings(2)
     assert batch == accumulated and differences(batch, ranks) == {"processes"}
 
 
 @pytest.mark.parametrize("flags", [{}, FLAGS])
 def test_settings_outlive_the_file_they_are_kept_in(make_args, columns, flags, tmp_path):
-    settings = settings_of(make_args(**flags), dataset_of(columns), 2, MODEL)
+    settings = of_run(make_args(**flags), dataset_of(columns), lora_r=4, lora_target_modules=["dense"])
     # An enum equals its text and would stand in messages under another name.
-    assert repr(json.loads(json.dumps(settings))) == repr(settings)
-    check_settings(make_checkpoint(tmp_path, 2, settings), settings)
+    assert repr(json.loads(json.dumps(settings.named()))) == repr(settings.named())
+    check_settings(make_checkpoint(tmp_path, 2, settings.named()), settings)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-SETTINGS = {"parameters": 100, "ZERO_STAGE": 0, "rows a step": 4, "--seed": 42, "--data_seed": None}
+MARKED = {"parameters": 100, "ZERO_STAGE": 0, "rows a step": 4, "--seed": 42, "--data_seed": None}
+SETTINGS = RunSettings(
+    **{each.name: MARKED.get(each.metadata["flag"]) for each in fields(RunSettings)},
+)
 
 
 def make_checkpoint(
@@ -192,25 +217,27 @@ def make_checkpoint(
     if state:
         (folder / state).write_text("state")
     names = [file.name for file in folder.iterdir()]
-    checkpoints.mark(folder, SETTINGS if settings is None else settings, names)
+    checkpoints.mark(folder, MARKED if settings is None else settings, names)
     return folder
 
 
 @pytest.mark.parametrize("state", ["optimizer.pt", "latest"])
-def test_a_run_with_the_same_settings_may_go_on(tmp_path, state):
+def test_a_run_with_the_same_settings_may_resume(tmp_path, state):
     check_settings(make_checkpoint(tmp_path, 2, state=state), SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("parameters", 101), ("ZERO_STAGE", 2), ("--seed", 43), ("--data_seed", 1), ("rows a step", 8)]
+    ("field", "value"),
+    [("num_parameters", 101), ("zero_stage", 2), ("seed", 43), ("data_seed", 1), ("sequences_per_step", 8)],
 )
-def test_a_setting_that_differs_is_named_with_both_values(tmp_path, name, value):
+def test_a_setting_that_differs_is_named_with_both_values(tmp_path, field, value):
     folder = make_checkpoint(tmp_path, 2)
+    [name] = [each.metadata["flag"] for each in fields(RunSettings) if each.name == field]
     with pytest.raises(UserError) as caught:
-        check_settings(folder, {**SETTINGS, name: value})
+        check_settings(folder, replace(SETTINGS, **{field: value}))
     said = str(caught.value)
-    assert said.startswith(f"{folder} was made with {name} {SETTINGS[name]}, and this command has {value}; ")
-    assert f"go on with {SETTINGS[name]}, or start a new run" in said
+    assert said.startswith(f"{folder} was made with {name} {MARKED[name]}, and this command has {value}; ")
+    assert f"resume with {MARKED[name]}, or start a new run" in said
     assert f"--model_name_or_path {folder} --output_dir ANOTHER" in said
 
 
@@ -223,9 +250,8 @@ def test_weights_alone_are_to_start_from(tmp_path):
 
 
 def test_a_setting_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path):
-    folder = make_checkpoint(tmp_path, 2)
-    check_settings(folder, {**SETTINGS, "--of_a_later_version": 1})
-    check_settings(folder, {"--seed": 42})
+    assert "--learning_rate" not in MARKED
+    check_settings(make_checkpoint(tmp_path, 2), replace(SETTINGS, learning_rate=1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------- which one
@@ -252,18 +278,18 @@ def test_the_newest_one_is_that_of_the_most_steps(tmp_path, named, capfd):
 
 
 @pytest.mark.parametrize("should_log", [True, False])
-def test_an_incomplete_one_is_left_aside_with_a_line(tmp_path, should_log, capfd):
+def test_an_incomplete_one_is_skipped_with_a_line(tmp_path, should_log, capfd):
     make_checkpoint(tmp_path, 2)
     incomplete = make_checkpoint(tmp_path, 4)
     (incomplete / "optimizer.pt").write_text("st")
     assert find(arguments(tmp_path, should_log=should_log), SETTINGS, 100) == tmp_path / "checkpoint-2"
-    line = f"{incomplete} is incomplete and left aside: optimizer.pt has 2 of its 5 bytes\n"
+    line = f"{incomplete} is incomplete and skipped: optimizer.pt has 2 of its 5 bytes\n"
     assert capfd.readouterr().err == (line if should_log else "")
 
 
 def test_the_newest_one_of_another_run_is_refused(tmp_path):
     make_checkpoint(tmp_path, 2)
-    make_checkpoint(tmp_path, 4, {**SETTINGS, "--seed": 1})
+    make_checkpoint(tmp_path, 4, {**MARKED, "--seed": 1})
     with pytest.raises(UserError, match="checkpoint-4 was made with --seed 1, and this command has 42"):
         find(arguments(tmp_path), SETTINGS, 100)
 
@@ -277,7 +303,7 @@ def test_one_that_is_named_is_taken_though_it_lies_elsewhere(tmp_path, place):
     given = arguments(tmp_path / "run", tmp_path / place)
     assert find(given, SETTINGS, 100) == tmp_path / place
     with pytest.raises(UserError, match=f"{place} was made with --seed 42, and this command has 1"):
-        find(given, {**SETTINGS, "--seed": 1}, 100)
+        find(given, replace(SETTINGS, seed=1), 100)
 
 
 @pytest.mark.parametrize("place", ["run/checkpoint-2", "another/checkpoint-3"])
@@ -288,8 +314,8 @@ def test_one_that_is_named_and_has_later_ones_is_refused(tmp_path, place):
     with pytest.raises(UserError) as caught:
         find(arguments(tmp_path / "run", tmp_path / place), SETTINGS, 100)
     later = tmp_path / "run" / "checkpoint-10"
-    assert str(caught.value).startswith(f"--resume_from_checkpoint {tmp_path / place} has {later} after it")
-    assert "delete what is later, or give another --output_dir" in str(caught.value)
+    assert str(caught.value).startswith(f"--resume_from_checkpoint {tmp_path / place} is older than {later}, ")
+    assert "delete the later ones, or give another --output_dir" in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["not there", "complete.json", "model.safetensors"])
@@ -302,13 +328,15 @@ def test_one_that_is_named_and_faulty_is_refused(tmp_path, fault):
     with pytest.raises(UserError) as caught:
         find(arguments(tmp_path, named), SETTINGS, 100)
     said = str(caught.value)
-    assert said.startswith(f"--resume_from_checkpoint {named} cannot be gone on from: ")
+    assert said.startswith(f"cannot resume from --resume_from_checkpoint {named}: ")
     assert ("model.safetensors is missing" if fault == "model.safetensors" else "it has no complete.json") in said
 
 
 def test_one_that_is_named_must_have_its_step_in_its_name(tmp_path):
     named = make_checkpoint(tmp_path, 4).rename(tmp_path / "best")
-    with pytest.raises(UserError, match=f"^--resume_from_checkpoint {named} is not named checkpoint-STEP; give it"):
+    with pytest.raises(
+        UserError, match=f"^--resume_from_checkpoint {named} must be named checkpoint-STEP; rename it back"
+    ):
         find(arguments(tmp_path / "run", named), SETTINGS, 100)
 
 
@@ -317,13 +345,13 @@ def test_one_with_all_its_steps_is_the_result_whatever_the_settings(tmp_path, na
     folder = make_checkpoint(tmp_path, 4, state=None)
     given = arguments(tmp_path, folder if named else None)
     for num_steps in (4, 3):
-        assert find(given, {**SETTINGS, "--seed": 1}, num_steps) == folder
+        assert find(given, replace(SETTINGS, seed=1), num_steps) == folder
     with pytest.raises(UserError):
-        find(given, {**SETTINGS, "--seed": 1}, 5)
+        find(given, replace(SETTINGS, seed=1), 5)
 
 
 @pytest.mark.parametrize(("of_others", "step"), [([[2, 4], [2, 4, 8]], 4), ([[2], [4]], None), ([[8], [2, 8]], 8)])
-def test_hosts_go_on_from_the_newest_one_that_all_of_them_have(tmp_path, monkeypatch, of_others, step):
+def test_hosts_resume_from_the_newest_one_that_all_of_them_have(tmp_path, monkeypatch, of_others, step):
     for own in (2, 4, 8):
         make_checkpoint(tmp_path, own)
     asked = []

@@ -91,7 +91,7 @@ def test_a_wish_to_end_is_met_at_once_when_it_is_read_and_the_steps_on_the_way_a
     assert saves == [(False, False, 1), (True, True, 0)]
 
 
-def test_tokens_a_second_are_by_the_time_from_step_to_step_without_evaluations_and_saves(tmp_path, monkeypatch):
+def test_tokens_per_second_are_by_the_time_from_step_to_step_without_evaluations_and_saves(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
     trainer = SimpleNamespace(step_loss=torch.ones(()), accelerator=SimpleNamespace(reduce=lambda sums, how: sums))
@@ -113,7 +113,7 @@ def test_tokens_a_second_are_by_the_time_from_step_to_step_without_evaluations_a
         now[0] += 1000
         what_follows(trainer.args, state, control)
     watching.on_train_end(trainer.args, state, control)
-    assert watching.tokens_a_second == 150 / 15
+    assert watching.tokens_per_second == 150 / 15
 
 
 def test_only_skipped_steps_in_a_row_end_a_run(tmp_path):
@@ -139,7 +139,7 @@ def test_optimizer_states_can_be_kept_for_the_last_checkpoint_alone(train, tmp_p
     assert train(tmp_path, *flags).returncode == 0
     folders = checkpoints.folders_in(str(tmp_path))
     assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    assert [checkpoints.can_go_on(folder) for folder in folders] == [False, False, True]
+    assert [checkpoints.has_optimizer_state(folder) for folder in folders] == [False, False, True]
     assert all(checkpoints.fault_of(folder) is None for folder in folders)
     AutoModelForCausalLM.from_pretrained(folders[0])
 
