@@ -11,9 +11,7 @@ import difflib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import transformers
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     GenerationConfig,
@@ -23,11 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sft.data.collate import flatten
 from sft.data.encode import Encoder, check_length
-from sft.data.load import DataReport, flatten, load_examples
-from sft.data.packing import PackedDataset
+from sft.data.load import hold_out, load_examples
+from sft.data.packing import PackedSequences
+from sft.data.report import NOTES, DataReport, print_data, write_data_report
+from sft.data.sequences import SampleSequences, Sequences
 from sft.data.shards import find_shards
-from sft.data.streaming import StreamedRows, first_of
+from sft.data.streaming import StreamedSequences
 from sft.model import lora, patch
 from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.model.lora import LoraArguments
@@ -39,7 +40,6 @@ from sft.training.arguments import DataArguments, ModelArguments, TrainingArgume
 from sft.training.model_card import model_card
 from sft.training.trainer import Trainer
 
-Rows = Dataset | PackedDataset | StreamedRows
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -102,7 +102,7 @@ def make_model(
 
 def make_data(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, Dataset | None, dict[str, DataReport]]:
+) -> tuple[Sequences, SampleSequences | None, dict[str, DataReport]]:
     """Return the rows to train on, the examples held out (None without any), and a report on each file or folder."""
     load = partial(
         load_examples,
@@ -118,55 +118,48 @@ def make_data(
         eval_dataset, reports["held out"] = load(data_args.eval_data_path, flag="--eval_data_path")
     tell_of_data(data_args, training_args, reports)
     if data_args.streaming:
-        train_dataset = stream_rows(data_args, training_args, tokenizer)
-    elif data_args.eval_fraction and not data_args.eval_data_path:
-        train_dataset, eval_dataset = hold_out(train_dataset, data_args.eval_fraction, training_args.seed)
-    if eval_dataset is not None and training_args.eval_strategy == "no":
+        train_sequences = stream_rows(data_args, training_args, tokenizer)
+    else:
+        if data_args.eval_fraction and not data_args.eval_data_path:
+            train_dataset, eval_dataset = hold_out(train_dataset, data_args.eval_fraction, training_args.seed)
+        packed = partial(PackedSequences, max_length=training_args.model_max_length, seed=training_args.seed)
+        train_sequences = (packed if data_args.packing else SampleSequences)(train_dataset)
+    if eval_dataset is None:
+        return train_sequences, None, reports
+    if training_args.eval_strategy == "no":
         training_args.eval_strategy = transformers.IntervalStrategy.EPOCH
-    if data_args.packing and not data_args.streaming:
-        train_dataset = PackedDataset(train_dataset, training_args.model_max_length, training_args.seed)
-    return train_dataset, eval_dataset, reports
+    return train_sequences, SampleSequences(eval_dataset), reports
 
 
 def tell_of_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
     """Print and write what became of the rows; raise UserError if too many are refused, or none is left."""
-    notes = Path(training_args.output_dir, summary.NOTES)
+    notes = Path(training_args.output_dir, NOTES)
     if training_args.process_index == 0:
         try:
-            summary.write_data_report(reports.values(), notes)
+            write_data_report(reports.values(), notes)
         except OSError as error:
             raise OneRankError(
                 f"{notes} cannot be written: {one_line(error)}; free the disk, or give another --output_dir"
             ) from None
         for name, data_report in reports.items():
-            summary.print_data(name, data_report)
+            print_data(name, data_report)
     paths = {"data": ("--data_path", data_args.data_path), "held out": ("--eval_data_path", data_args.eval_data_path)}
     for name, data_report in reports.items():
         if wrong := data_report.what_is_wrong(data_args.max_bad_fraction):
             raise UserError(f"{' '.join(paths[name])} {wrong}; {notes} lists what was refused")
 
 
-def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a share of the rows off, at least one, chosen by `seed`."""
-    if len(examples) < 2:
-        raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
-    num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    order = np.random.default_rng(seed).permutation(len(examples))
-    parts = (order[num_held_out:], order[:num_held_out])
-    return tuple(examples.select(part, keep_in_memory=True) for part in parts)
-
-
 def stream_rows(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> StreamedRows:
+) -> StreamedSequences:
     """Return this rank's rows, read while it trains on them."""
     check_length(tokenizer)
-    return StreamedRows(
+    return StreamedSequences(
         files=find_shards(data_args.data_path),
         encoder=Encoder(tokenizer),
-        notes=Path(training_args.output_dir, summary.NOTES),
+        notes=Path(training_args.output_dir, NOTES),
         max_bad_fraction=data_args.max_bad_fraction,
-        packing=data_args.packing,
+        is_packed=data_args.packing,
         shuffle=training_args.train_sampling_strategy == "random",
         seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         rank=training_args.process_index,
@@ -188,16 +181,16 @@ def examples_share_rows(
 
 
 def prepare_run(
-    training_args: TrainingArguments, lora_args: LoraArguments, config: PretrainedConfig, rows: Rows
+    training_args: TrainingArguments, lora_args: LoraArguments, config: PretrainedConfig, sequences: Sequences
 ) -> tuple[dict, Path | None]:
     """Return the run's settings, kept with its checkpoints, and the checkpoint that it goes on from, if any.
 
     Raises UserError if that one was made with others, or the disk has no room for those to come.
     """
     disk.check_shared(training_args)
-    stage, (num_steps, num_epochs) = zero.stage_of(training_args), summary.count_steps(training_args, rows)
+    stage, (num_steps, num_epochs) = zero.stage_of(training_args), summary.count_steps(training_args, sequences)
     model_settings = lora.settings_of(lora_args, config)
-    settings = resume.settings_of(training_args, rows, stage, model_settings)
+    settings = resume.settings_of(training_args, sequences, stage, model_settings)
     resumed = resume.find(training_args, settings, num_steps)
     in_16_bits, num_trained = training_args.bf16 or training_args.fp16, model_settings["trained parameters"]
     num_bytes = disk.checkpoint_bytes(num_trained, stage, in_16_bits, training_args.save_only_model)
@@ -212,20 +205,20 @@ def print_header(trainer: Trainer, resumed: Path | None, memory: str) -> None:
     num_held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
         "model": summary.model_line(model.config, trainer.settings),
-        "examples": f"{summary.examples_line(trainer.train_dataset)}, {num_held_out:,} held out",
-        "rows": summary.rows_line(trainer.train_dataset, args.model_max_length),
+        "examples": f"{trainer.train_dataset.samples_line()}, {num_held_out:,} held out",
+        "rows": trainer.train_dataset.sequences_line(),
         "steps": summary.steps_line(args, trainer.train_dataset),
         **summary.rate_line(args, trainer.train_dataset),
         "device": summary.device_line(args, trainer.is_lora),
         "memory": memory,
         "output": f"{args.output_dir}, " + (f"going on from {resumed}" if resumed else "a new run"),
-        "example": summary.marked_example(trainer.processing_class, first_of(trainer.train_dataset)),
+        "example": summary.marked_example(trainer.processing_class, trainer.train_dataset.first()),
     }
     for name, text in lines.items():
         print(f"{name:9}{text}", flush=True)
 
 
-def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | StreamedRows) -> None:
+def describe(trainer: Trainer, base: str, data_path: str, data: DataReport | StreamedSequences) -> None:
     """Write the loss curve and the model card beside the saved model."""
     output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
     summary.plot_losses(history, output_dir / "loss_curve.png")
@@ -260,7 +253,7 @@ def main() -> None:
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:
             return
-        memory = plan.prepare(run, summary.longest_row(training_args, train_dataset))
+        memory = plan.prepare(run, train_dataset.longest_batch(training_args.per_device_train_batch_size))
         settings, resumed = prepare_run(training_args, lora_args, config, train_dataset)
         training_args.eval_on_start = eval_dataset is not None and resumed is None  # the model card says both losses
         zero.size_buffers(training_args, config)

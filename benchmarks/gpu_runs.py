@@ -22,8 +22,9 @@ from benchmarks.measure import Given
 from benchmarks.throughput import WAYS, make_tokenizer, make_trainer, measure_way, model_flops
 from sft.chat.model import ChatModel
 from sft.chat.reply import Sampling
-from sft.data.load import flatten, load_examples
-from sft.data.packing import PackedDataset
+from sft.data.collate import flatten
+from sft.data.load import load_examples
+from sft.data.packing import PackedSequences
 from sft.model import lora, patch
 from sft.model.lora import LoraArguments
 from sft.plan.memory import Load, Strategy, footprint
@@ -291,7 +292,7 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
     patch.install(model)
     if strategy.method != "full":
         model = lora.add(model, LORA, "", 0)
-    packed = PackedDataset(load_examples(given.data, tokenizer)[0], options.max_length)
+    packed = PackedSequences(load_examples(given.data, tokenizer)[0], options.max_length)
     keywords = {"args": args, "data_collator": flatten, "train_dataset": packed, "processing_class": tokenizer}
     trainer = Trainer(model=model, settings={}, examples_share_rows=True, **keywords)
     counts = throughput.metered(trainer, options)

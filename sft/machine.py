@@ -127,6 +127,11 @@ def _held_bytes(used: Path) -> int:
     return int(used.read_text()) - int(files) if used.exists() else 0
 
 
+def gib(num_bytes: float) -> str:
+    """Return a size in GiB, or in MiB below a tenth of one."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 def processor() -> str:
     """Return the name of the CPU, and how many of its cores this process may use."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -18,6 +18,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -150,6 +151,11 @@ def state_of(files: Sequence[Path]) -> str:
         except (OSError, RuntimeError) as error:  # a link that leads nowhere, or in a circle
             lines.append(f"{file} {error}")
     return "\n".join(lines)
+
+
+def lengths_of(examples: datasets.Dataset, name: str = "length") -> np.ndarray:
+    """Return a column of numbers, by default the tokens of each row, (R,)."""
+    return np.asarray(examples.with_format("numpy")[name][:])
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

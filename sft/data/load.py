@@ -1,73 +1,17 @@
-"""Tokenised rows as a data set, and its examples as one flat row.
-
-Shapes: R = rows of the data set, T = tokens of all examples in a flat row.
-"""
+"""A file or folder of rows as a data set of token ids, and what is held out of it."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sft import IGNORE_INDEX
 from sft.data import cache
-from sft.data.cache import Counts
+from sft.data.cache import Counts, lengths_of
 from sft.data.encode import check_length
-from sft.data.shards import SHAPE, find_shards, place_of
-
-
-@dataclass
-class DataReport:
-    """What became of every row that was read: counts.rows = kept + counts.refused + duplicates."""
-
-    counts: Counts
-    notes: Path  # one JSON line for each row that was refused or cut
-    kept: int = 0
-    tokens: int = 0
-    labelled_tokens: int = 0
-    longest: int = 0  # tokens of a row
-    # File and row of each row left out as a duplicate, and of the first one with its text, (D, 4).
-    duplicates: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
-
-    @property
-    def bad_fraction(self) -> float:
-        """Return the share of refused rows, or that of bytes which could not be read if it is larger."""
-        counts = self.counts
-        return max(counts.refused / max(1, counts.rows), counts.unread_bytes / max(1, counts.num_bytes))
-
-    def what_is_wrong(self, max_bad_fraction: float) -> str | None:
-        """Return why no run should train on this, if so."""
-        counts = self.counts
-        if not counts.rows:
-            return f"has no row to train on; expected rows such as {SHAPE}"
-        if self.bad_fraction > max_bad_fraction:
-            unread = (
-                f" and {counts.unread_bytes:,} of {counts.num_bytes:,} bytes not read" if counts.unread_bytes else ""
-            )
-            return (
-                f"has {counts.refused:,} of {counts.rows:,} rows refused{unread}, more than --max_bad_fraction "
-                f"{max_bad_fraction:g}; mend them, or allow more"
-            )
-        return None if self.kept else f"has no row to train on: all of {counts.rows:,} are refused"
-
-    def entries(self) -> Iterator[dict[str, str]]:
-        """Yield the place of every row that was refused, cut or left out as a duplicate, and why."""
-        first_of = {self._place(*pair[:2]): self._place(*pair[2:]) for pair in self.duplicates.tolist()}
-        with self.notes.open(encoding="utf-8") as lines:
-            yield from (entry for entry in map(json.loads, lines) if entry["place"] not in first_of)
-        yield from ({"place": place, "note": f"duplicate: of {first}"} for place, first in first_of.items())
-
-    def refused(self, number: int) -> list[dict[str, str]]:
-        """Return the entries of the first so many refused rows."""
-        return list(islice((entry for entry in self.entries() if entry["note"].startswith("refused")), number))
-
-    def _place(self, file: int, row: int) -> str:
-        return place_of(Path(self.counts.files[file]["file"]), self.counts.files[file]["form"], row)
+from sft.data.report import DataReport
+from sft.data.shards import find_shards
+from sft.program import UserError
 
 
 def load_examples(
@@ -106,11 +50,6 @@ def load_examples(
     return examples, report
 
 
-def lengths_of(examples: Dataset, name: str = "length") -> np.ndarray:
-    """Return a column of numbers, by default the tokens of each row, (R,)."""
-    return np.asarray(examples.with_format("numpy")[name][:])
-
-
 def first_equals(examples: Dataset) -> np.ndarray:
     """Return for each row the index of the first row with the same digest, (R,)."""
     chunks = (np.frombuffer(chunk.buffers()[1], "<u8") for chunk in examples.data.column("digest").chunks)
@@ -123,38 +62,11 @@ def first_equals(examples: Dataset) -> np.ndarray:
     return first_of
 
 
-# -------------------------------------------------------------------------------------------------------- the flat row
-
-
-COLUMNS = ("input_ids", "lengths")  # of a row: its token ids, and the tokens of each prompt and answer by turns
-
-
-def labels_of(row: dict) -> list[int]:
-    """Return a row's labels: the ids of its answers, and IGNORE_INDEX in place of its prompts."""
-    input_ids, labels, start = row["input_ids"], [], 0
-    for prompt, answer in zip(row["lengths"][::2], row["lengths"][1::2], strict=True):
-        labels += [IGNORE_INDEX] * prompt
-        labels += input_ids[start + prompt : start + prompt + answer]
-        start += prompt + answer
-    return labels
-
-
-def flatten(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Join rows end to end, without padding: int64 `input_ids`, `labels`, `position_ids`, each (1, T).
-
-    Positions count from 0 in each example, whose prompt and answer are as long as the row's "lengths" say by turns.
-    `label_positions`, int64 (1, N), are the positions whose next token has a label.
-    """
-    input_ids, lengths = (np.concatenate([row[name] for row in rows]).astype(np.int64) for name in COLUMNS)
-    per_example = lengths[::2] + lengths[1::2]
-    starts = np.cumsum(per_example) - per_example
-    position_ids = np.arange(len(input_ids)) - np.repeat(starts, per_example)
-    # What begins an example is no continuation of the one before it.
-    is_labelled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths) & (position_ids != 0)
-    flat = {
-        "input_ids": input_ids,
-        "labels": np.where(is_labelled, input_ids, IGNORE_INDEX),
-        "position_ids": position_ids,
-        "label_positions": np.flatnonzero(is_labelled) - 1,
-    }
-    return {name: torch.from_numpy(values)[None] for name, values in flat.items()}
+def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split a share of the rows off, at least one, chosen by `seed`."""
+    if len(examples) < 2:
+        raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
+    num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
+    order = np.random.default_rng(seed).permutation(len(examples))
+    parts = (order[num_held_out:], order[:num_held_out])
+    return tuple(examples.select(part, keep_in_memory=True) for part in parts)

@@ -4,9 +4,10 @@ from itertools import chain
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
 
-from sft.data.load import COLUMNS, lengths_of
+from sft.data.cache import lengths_of
+from sft.data.collate import COLUMNS
+from sft.data.sequences import Sequences, fingerprint_of, sequence_of
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
@@ -44,27 +45,49 @@ def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
     return row_of
 
 
-class PackedDataset(Dataset):
-    """Rows of examples end to end: their "input_ids", and "lengths", the tokens of each one's prompt and answer."""
+class PackedSequences(Sequences):
+    """Sequences of up to `max_length` tokens, each of several samples end to end."""
 
-    def __init__(self, examples: datasets.Dataset, max_length: int, seed: int = 0):
-        """Pack the rows of a data set, which have a "length" of at most `max_length`."""
-        self.examples = examples
-        lengths = lengths_of(examples)
-        row_of = pack(lengths, max_length, seed)
-        self.order = np.argsort(row_of, kind="stable")
-        self.ends = np.cumsum(np.bincount(row_of))
-        self.fill_rate = lengths.sum() / (len(self.ends) * max_length)
+    is_packed = True
+
+    def __init__(self, samples: datasets.Dataset, max_length: int, seed: int = 0):
+        """Pack the samples of a data set, which have a "length" of at most `max_length`."""
+        self.samples = samples
+        self.max_length = max_length
+        lengths = lengths_of(samples)
+        bins = pack(lengths, max_length, seed)
+        self.order = np.argsort(bins, kind="stable")
+        self.ends = np.cumsum(np.bincount(bins))
+        self.num_samples, self.num_sequences = len(samples), len(self.ends)
+        self.fill_rate = lengths.sum() / (self.num_sequences * max_length)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return self.num_sequences
 
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        start = self.ends[row - 1] if row else 0
-        examples = self.examples[self.order[start : self.ends[row]].tolist()]
-        return {name: list(chain.from_iterable(examples[name])) for name in COLUMNS}
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        start = self.ends[index - 1] if index else 0
+        samples = self.samples[self.order[start : self.ends[index]].tolist()]
+        return {name: list(chain.from_iterable(samples[name])) for name in COLUMNS}
 
+    def first(self) -> dict[str, list[int]]:
+        """Return the first sample as a sequence of its own."""
+        return sequence_of(self.samples, 0)
 
-def examples_of(rows: datasets.Dataset | PackedDataset) -> datasets.Dataset:
-    """Return the examples that a data set's rows hold, one each or packed."""
-    return rows.examples if isinstance(rows, PackedDataset) else rows
+    def longest_batch(self, batch_size: int) -> int:
+        """Return the number of tokens in `batch_size` full sequences, or in all of them if they are fewer."""
+        return self.max_length * min(batch_size, self.num_sequences)
+
+    def fingerprint(self) -> str:
+        """Return the hash that the samples have without packing."""
+        return fingerprint_of(self.samples)
+
+    def samples_line(self) -> str:
+        """Return the number of samples."""
+        return f"{self.num_samples:,} trained on"
+
+    def sequences_line(self) -> str:
+        """Return how many sequences there are and how full they are."""
+        return (
+            f"{self.num_sequences:,} packed of up to {self.max_length:,} tokens, {self.fill_rate:.1%} full, "
+            f"{self.num_samples / self.num_sequences:.1f} examples each"
+        )

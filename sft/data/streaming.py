@@ -3,6 +3,7 @@
 All ranks read every file and draw its rows in one order; each tokenises only its share of them.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from sft.data.encode import Encoder, group
 from sft.data.formats import Row, read_all
-from sft.data.packing import PackedDataset, examples_of, pack
+from sft.data.packing import pack
+from sft.data.sequences import NOT_PACKED, Sequences
 from sft.data.shards import NUM_NAMED, Refused, size_of
+from sft.machine import gib
 from sft.program import OneRankError, UserError
 
 BUFFER_ROWS = 10_000  # in memory, among which the next one is drawn
@@ -26,18 +28,20 @@ JUDGED_ROWS = 1000  # read before the share of refused ones may end the run
 
 
 @dataclass
-class StreamedRows(IterableDataset):
-    """Rows of token ids without end, epoch after epoch, as `sft.data.load.flatten` takes them."""
+class StreamedSequences(Sequences, IterableDataset):
+    """Sequences without end, epoch after epoch."""
 
     files: Sequence[Path]
     encoder: Encoder
     notes: Path  # to which the first rank adds one JSON line for each refused row
     max_bad_fraction: float = 0.01
-    packing: bool = False
+    is_packed: bool = False
     shuffle: bool = True
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+
+    num_samples = num_sequences = None
 
     def __post_init__(self):
         """Count nothing yet, and keep what was noted before, of rows held out."""
@@ -59,7 +63,7 @@ class StreamedRows(IterableDataset):
                 for examples in self.encoder.encode(rows)
                 for together in group(examples, self.encoder.max_length)
             ]
-            for parts in self._packed(tokenised) if self.packing else tokenised:
+            for parts in self._packed(tokenised) if self.is_packed else tokenised:
                 self.has_begun = True
                 yield {"input_ids": list(chain.from_iterable(parts)), "lengths": list(map(len, parts))}
 
@@ -116,6 +120,37 @@ class StreamedRows(IterableDataset):
                 f"--max_bad_fraction {self.max_bad_fraction:g}; mend them ({self.notes} lists them), or allow more"
             )
 
+    def first(self) -> dict[str, list[int]]:
+        """Return the first example of the files as a sequence of its own; raise UserError if there is none."""
+        for row in chain.from_iterable(map(read_all, self.files)):
+            if isinstance(row, Row):
+                example = self.encoder.encode([row])[0][0]
+                lengths = [len(example.prompt), len(example.answer)]
+                return {"input_ids": example.prompt + example.answer, "lengths": lengths}
+        raise UserError(f"there is no row to train on in {self.files[0].parent}")
+
+    def longest_batch(self, batch_size: int) -> int:
+        """Return the number of tokens in `batch_size` full sequences; in one if not packed, since few are full."""
+        return self.encoder.max_length * (batch_size if self.is_packed else 1)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the files' names and sizes and of the tokenizer."""
+        sizes = "".join(f"{file.name} {size_of(file)}\n" for file in self.files)
+        content = sizes + self.encoder.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()[:16]
+
+    def samples_line(self) -> str:
+        """Return the number and size of the files."""
+        return f"streamed from {len(self.files):,} files of {gib(sum(map(size_of, self.files)))}"
+
+    def sequences_line(self) -> str:
+        """Return whether they are packed."""
+        return f"packed of up to {self.encoder.max_length:,} tokens while training" if self.is_packed else NOT_PACKED
+
+    def line(self) -> str:
+        """Return how many rows were read and refused so far, for people."""
+        return f"{self.num_rows:,} rows read while training, {self.num_refused:,} refused"
+
 
 def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
     """Yield rounds of rows, as many on each rank, until they have ENCODED_REPLIES for each."""
@@ -125,14 +160,3 @@ def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
         num_replies += sum(1 + len(row.history) for row in rows)
         if num_replies >= ENCODED_REPLIES * len(rows):
             return
-
-
-def first_of(rows: Dataset | PackedDataset | StreamedRows) -> dict[str, list[int]]:
-    """Return the first row of token ids; raise UserError if a stream has none."""
-    if not isinstance(rows, StreamedRows):
-        return examples_of(rows)[0]
-    for row in chain.from_iterable(map(read_all, rows.files)):
-        if isinstance(row, Row):
-            example = rows.encoder.encode([row])[0][0]
-            return {"input_ids": example.prompt + example.answer, "lengths": [len(example.prompt), len(example.answer)]}
-    raise UserError(f"there is no row to train on in {rows.files[0].parent}")

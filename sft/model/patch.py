@@ -99,8 +99,8 @@ def forward(
 ) -> CausalLMOutput:
     """Stand in for the forward of a causal language model: the loss of a flat row, or its logits without `labels`.
 
-    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T), as `sft.data.load.flatten` makes
-    them with `label_positions`, (1, N), which are found here without it. The loss is summed and divided by
+    `input_ids`, `position_ids` (from 0 in each example) and `labels` are int64 (1, T), as `sft.data.collate.flatten`
+    makes them with `label_positions`, (1, N), which are found here without it. The loss is summed and divided by
     `num_items_in_batch`, by default the number of labels; the logits are (1, T, V).
     """
     length = input_ids.shape[1]

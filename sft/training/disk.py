@@ -12,10 +12,10 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from sft.machine import gib
 from sft.program import OneRankError, UserError, one_line
 from sft.training import zero
 from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
-from sft.training.summary import gib
 
 IN_USE = ".in-use"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}

@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 from yaml import YAMLError
 
-from sft.data.load import DataReport
-from sft.data.streaming import StreamedRows
-from sft.training.summary import NOTES, data_line, device_line, losses, steps_line
+from sft.data.report import NOTES, DataReport
+from sft.data.streaming import StreamedSequences
+from sft.training.summary import device_line, losses, steps_line
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets")
 BASE_LICENCES = {
@@ -52,7 +52,7 @@ The data's own licence applies to it and may apply to what is trained on it; Bel
 """
 
 
-def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer: Trainer) -> str:
+def model_card(base: str, data: str, report: DataReport | StreamedSequences, trainer: Trainer) -> str:
     """Return the card of a run's result; losses are in nats per trained token, tokens per second are of the steps."""
     args, settings = trainer.args, trainer.settings
     lora = f"LoRA of rank {settings['--lora_r']}, {settings['trained parameters']:,} parameters"
@@ -63,7 +63,7 @@ def model_card(base: str, data: str, report: DataReport | StreamedRows, trainer:
         name=Path(args.output_dir).name,
         base=Path(base).name,
         trained=lora if settings["--lora_r"] else f"all {settings['parameters']:,} weights",
-        data=f"{data}: {data_line(report)}",
+        data=f"{data}: {report.line()}",
         notes=NOTES,
         steps=steps_line(args, trainer.train_dataset),
         settings=f"length {args.model_max_length}, seed {args.seed}",

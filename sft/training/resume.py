@@ -1,24 +1,16 @@
 """Going on from a checkpoint: which one, and whether the run that made it had the same settings."""
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import gather_object
-from datasets import Dataset
 from transformers import TrainingArguments
 
-from sft.data.load import lengths_of
-from sft.data.packing import PackedDataset, examples_of
-from sft.data.shards import size_of
-from sft.data.streaming import StreamedRows
+from sft.data.sequences import Sequences
 from sft.program import UserError
 from sft.training.checkpoints import MARKER, can_go_on, complete_steps, fault_of, folders_in, step_of
 
-NUM_HASHED = 1000  # examples whose tokens tell the data of two runs apart, beside the lengths of all
 SETTINGS_BY_FLAG = (
     "model_max_length",
     "seed",
@@ -39,33 +31,23 @@ SETTINGS_BY_FLAG = (
 
 
 def settings_of(
-    args: TrainingArguments, rows: Sequence | StreamedRows, zero_stage: int, model_settings: dict[str, object]
+    args: TrainingArguments, sequences: Sequences, zero_stage: int, model_settings: dict[str, object]
 ) -> dict[str, object]:
     """Return what must be the same, by name, for a run to go on exactly from another's checkpoint.
 
     `model_settings` are those of the model and of LoRA. Without DeepSpeed another number of processes may go on, with
     as many rows a step.
     """
-    if isinstance(rows, StreamedRows):
-        sizes = "".join(f"{file.name} {size_of(file)}\n" for file in rows.files)
-        content = (sizes + rows.encoder.tokenizer.backend_tokenizer.to_str()).encode(errors="backslashreplace")
-    else:
-        content = _content_of(examples_of(rows))
     flags = {f"--{name}": getattr(args, name) for name in SETTINGS_BY_FLAG}
     return {
         **model_settings,
-        "the examples' hash": hashlib.sha256(content).hexdigest()[:16],
-        "--packing": getattr(rows, "packing", isinstance(rows, PackedDataset)),
+        "the examples' hash": sequences.fingerprint(),
+        "--packing": sequences.is_packed,
         "ZERO_STAGE": zero_stage,
         **({"processes": args.world_size} if zero_stage else {}),
         "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: getattr(value, "value", value) for name, value in flags.items()},
     }
-
-
-def _content_of(examples: Dataset) -> bytes:
-    some = examples[np.linspace(0, len(examples) - 1, NUM_HASHED).astype(int).tolist()]
-    return lengths_of(examples).tobytes() + json.dumps([some["input_ids"], some["lengths"]]).encode()
 
 
 def check_settings(folder: Path, settings: dict[str, object]) -> None:

@@ -12,7 +12,9 @@ from datasets import Dataset, Features, List, Value
 from safetensors.torch import save_file
 
 import train_sft
-from sft.data.packing import PackedDataset
+from sft.data import sequences
+from sft.data.packing import PackedSequences
+from sft.data.sequences import SampleSequences, Sequences
 from sft.program import UserError
 from sft.training import checkpoints, resume
 from sft.training.resume import check_settings, find, settings_of
@@ -29,8 +31,12 @@ def columns_of(lengths: list[int]) -> dict[str, list]:
     return {"input_ids": ids, "lengths": [[1, length - 1] for length in lengths], "length": lengths}
 
 
-def dataset_of(columns: dict[str, list]) -> Dataset:
+def samples_of(columns: dict[str, list]) -> Dataset:
     return Dataset.from_dict(columns, features=FEATURES)
+
+
+def sequences_of(columns: dict[str, list]) -> SampleSequences:
+    return SampleSequences(samples_of(columns))
 
 
 @pytest.fixture
@@ -51,19 +57,19 @@ def make_args(tmp_path: Path) -> Callable[..., train_sft.TrainingArguments]:
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def data_hash(args: train_sft.TrainingArguments, rows: Dataset | PackedDataset) -> str:
-    return settings_of(args, rows, 0, MODEL)["the examples' hash"]
+def data_hash(args: train_sft.TrainingArguments, sequences: Sequences) -> str:
+    return settings_of(args, sequences, 0, MODEL)["the examples' hash"]
 
 
 def test_the_same_run_has_the_same_settings(make_args, columns):
-    again = settings_of(make_args(), dataset_of(copy.deepcopy(columns)), 2, MODEL)
-    assert settings_of(make_args(), dataset_of(columns), 2, MODEL) == again
+    again = settings_of(make_args(), sequences_of(copy.deepcopy(columns)), 2, MODEL)
+    assert settings_of(make_args(), sequences_of(columns), 2, MODEL) == again
 
 
 def test_rows_that_were_selected_are_the_same_as_if_they_stood_alone(make_args, columns):
     kept = [5, 1, 2]
-    alone = dataset_of({name: [values[index] for index in kept] for name, values in columns.items()})
-    assert data_hash(make_args(), dataset_of(columns).select(kept)) == data_hash(make_args(), alone)
+    alone = sequences_of({name: [values[index] for index in kept] for name, values in columns.items()})
+    assert data_hash(make_args(), SampleSequences(samples_of(columns).select(kept))) == data_hash(make_args(), alone)
 
 
 def with_another(columns: dict[str, list], what: str) -> dict[str, list]:
@@ -83,22 +89,22 @@ def with_another(columns: dict[str, list], what: str) -> dict[str, list]:
 def test_other_data_has_another_hash(make_args, columns, what):
     # Rows 0 and 5, which change places, are of one length.
     args = make_args()
-    assert data_hash(args, dataset_of(with_another(columns, what))) != data_hash(args, dataset_of(columns))
+    assert data_hash(args, sequences_of(with_another(columns, what))) != data_hash(args, sequences_of(columns))
 
 
 def test_of_much_data_the_lengths_of_all_and_the_tokens_of_some_are_told_apart(make_args, columns, monkeypatch):
-    monkeypatch.setattr(resume, "NUM_HASHED", 3)  # the first, the middle and the last one
-    expected = data_hash(make_args(), dataset_of(columns))
+    monkeypatch.setattr(sequences, "NUM_HASHED", 3)  # the first, the middle and the last one
+    expected = data_hash(make_args(), sequences_of(columns))
     for index in range(len(LENGTHS)):
         changed = copy.deepcopy(columns)
         changed["input_ids"][index][-1] += 1
-        assert (data_hash(make_args(), dataset_of(changed)) != expected) == (index in (0, 3, 6))
+        assert (data_hash(make_args(), sequences_of(changed)) != expected) == (index in (0, 3, 6))
     changed = columns_of([3, 5, 2, 4, 5, 3, 3])
-    assert data_hash(make_args(), dataset_of(changed)) != expected
+    assert data_hash(make_args(), sequences_of(changed)) != expected
 
 
 def test_few_and_many_examples_have_a_hash_that_says_their_number(make_args):
-    hashes = {data_hash(make_args(), dataset_of(columns_of([2] * number))) for number in (1, 2, 3, 999, 1000, 1500)}
+    hashes = {data_hash(make_args(), sequences_of(columns_of([2] * number))) for number in (1, 2, 3, 999, 1000, 1500)}
     assert len(hashes) == 6
 
 
@@ -126,7 +132,7 @@ def differences(one: dict, other: dict) -> set[str]:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_is_among_the_settings_by_its_name(make_args, columns, name):
-    plain, changed = (settings_of(args, dataset_of(columns), 0, MODEL) for args in (make_args(), make_args(**FLAGS)))
+    plain, changed = (settings_of(args, sequences_of(columns), 0, MODEL) for args in (make_args(), make_args(**FLAGS)))
     assert f"--{name}" in differences(plain, changed)
     assert changed[f"--{name}"] == FLAGS[name]
 
@@ -135,23 +141,23 @@ def test_flags_that_change_no_number_are_not_among_the_settings(make_args, colum
     other = make_args(logging_steps=3, save_steps=7, save_total_limit=9, num_train_epochs=9, dataloader_num_workers=1)
     assert (
         differences(
-            settings_of(make_args(), dataset_of(columns), 0, MODEL),
-            settings_of(other, dataset_of(columns), 0, MODEL),
+            settings_of(make_args(), sequences_of(columns), 0, MODEL),
+            settings_of(other, sequences_of(columns), 0, MODEL),
         )
         == set()
     )
 
 
 def test_packing_parameters_and_stage_are_among_the_settings(make_args, columns):
-    args, rows = make_args(), dataset_of(columns)
+    args, rows = make_args(), sequences_of(columns)
     plain = settings_of(args, rows, 2, MODEL)
-    assert differences(plain, settings_of(args, PackedDataset(rows, 8), 2, MODEL)) == {"--packing"}
+    assert differences(plain, settings_of(args, PackedSequences(samples_of(columns), 8), 2, MODEL)) == {"--packing"}
     assert differences(plain, settings_of(args, rows, 3, MODEL)) == {"ZERO_STAGE"}
     assert differences(plain, settings_of(args, rows, 2, {"parameters": 101})) == {"parameters"}
 
 
 def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_args, columns, monkeypatch):
-    rows = dataset_of(columns)
+    rows = sequences_of(columns)
     sizes = ((4, 1, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1))  # batch, accumulated, processes
 
     def settings(stage: int) -> list[dict]:
@@ -171,7 +177,7 @@ def test_other_ranks_may_go_on_with_as_many_rows_a_step_but_not_with_zero(make_a
 
 @pytest.mark.parametrize("flags", [{}, FLAGS])
 def test_settings_outlive_the_file_they_are_kept_in(make_args, columns, flags, tmp_path):
-    settings = settings_of(make_args(**flags), dataset_of(columns), 2, MODEL)
+    settings = settings_of(make_args(**flags), sequences_of(columns), 2, MODEL)
     # An enum equals its text and would stand in messages under another name.
     assert repr(json.loads(json.dumps(settings))) == repr(settings)
     check_settings(make_checkpoint(tmp_path, 2, settings), settings)

@@ -1,0 +1,97 @@
+"""What training reads: sequences of token ids, whether one sample each, packed, or streamed.
+
+A sequence is a dict of "input_ids", the token ids of its examples end to end, and "lengths", the number of tokens in
+each example's prompt and answer in turn. `packing` and `streaming` have the other two kinds.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+
+from sft.data.cache import lengths_of
+from sft.data.collate import COLUMNS
+
+NUM_HASHED = 1000  # samples whose tokens tell the data of two runs apart, beside the lengths of all
+NOT_PACKED = "each batch of examples is one row, end to end, without padding"
+
+
+class Sequences(Dataset, ABC):
+    """The data of a run; `num_samples` and `num_sequences` (of an epoch) are None while streaming."""
+
+    is_packed: bool
+    num_samples: int | None
+    num_sequences: int | None
+
+    @abstractmethod
+    def first(self) -> dict[str, list[int]]:
+        """Return the first sample as a sequence of its own; raise UserError if a stream has none."""
+
+    @abstractmethod
+    def longest_batch(self, batch_size: int) -> int:
+        """Return the number of tokens in the longest flat batch that training may make."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that tell the data of two runs apart."""
+
+    @abstractmethod
+    def samples_line(self) -> str:
+        """Return how many samples are trained on, for people."""
+
+    @abstractmethod
+    def sequences_line(self) -> str:
+        """Return how examples share the sequences that the model trains on, for people."""
+
+
+class SampleSequences(Sequences):
+    """One sequence per sample: those of `samples`, a data set that `sft.data.load.load_examples` made."""
+
+    is_packed = False
+
+    def __init__(self, samples: datasets.Dataset):
+        """Take the data set as it is."""
+        self.samples = samples
+        self.num_samples = self.num_sequences = len(samples)
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return sequence_of(self.samples, index)
+
+    def first(self) -> dict[str, list[int]]:
+        """Return the first sample."""
+        return self[0]
+
+    def longest_batch(self, batch_size: int) -> int:
+        """Return the number of tokens in the `batch_size` longest samples together."""
+        return int(np.sort(lengths_of(self.samples))[-batch_size:].sum())
+
+    def fingerprint(self) -> str:
+        """Return a hash of the lengths of all samples and of the tokens of some."""
+        return fingerprint_of(self.samples)
+
+    def samples_line(self) -> str:
+        """Return the number of samples."""
+        return f"{self.num_samples:,} trained on"
+
+    def sequences_line(self) -> str:
+        """Return that nothing is packed."""
+        return NOT_PACKED
+
+
+def sequence_of(samples: datasets.Dataset, index: int) -> dict[str, list[int]]:
+    """Return one sample of a data set as a sequence."""
+    sample = samples[index]
+    return {name: sample[name] for name in COLUMNS}
+
+
+def fingerprint_of(samples: datasets.Dataset) -> str:
+    """Return 16 hexadecimal digits of the lengths of all samples and the tokens of NUM_HASHED of them."""
+    some = samples[np.linspace(0, len(samples) - 1, NUM_HASHED).astype(int).tolist()]
+    content = lengths_of(samples).tobytes() + json.dumps([some["input_ids"], some["lengths"]]).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
