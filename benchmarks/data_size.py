@@ -20,7 +20,7 @@ from datasets import Dataset
 from benchmarks import measure
 from benchmarks.tokenise import make_tokenizer, write_rows
 from sft.data.load import load_examples
-from sft.data.packing import PackedDataset
+from sft.data.packing import PackedSequences
 from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, run_program
 
@@ -32,7 +32,7 @@ def load(folder: Path, num_workers: int) -> dict[str, float]:
     examples, report = load_examples(str(folder / "rows.jsonl"), tokenizer, str(folder), num_workers=num_workers)
     loaded = time.perf_counter()
     assert isinstance(examples, Dataset), type(examples)
-    packed = PackedDataset(examples, 2048)
+    packed = PackedSequences(examples, 2048)
     done = time.perf_counter()
     return {
         "load_seconds": loaded - start,

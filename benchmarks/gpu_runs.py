@@ -22,8 +22,9 @@ from benchmarks.measure import Given
 from benchmarks.throughput import WAYS, make_tokenizer, make_trainer, measure_way, model_flops
 from sft.chat.model import ChatModel
 from sft.chat.reply import Sampling
-from sft.data.load import flatten, load_examples
-from sft.data.packing import PackedDataset
+from sft.data.collate import flatten
+from sft.data.load import load_examples
+from sft.data.packing import PackedSequences
 from sft.model import lora, patch
 from sft.plan.activations import Load, Strategy
 from sft.plan.memory import footprint
@@ -291,7 +292,7 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
     model_args = LORA if strategy.is_lora else ModelArguments("random")
     if strategy.is_lora:
         model = lora.add(model, LORA.lora_config, "", 0)
-    packed = PackedDataset(load_examples(given.data, tokenizer)[0], options.max_length)
+    packed = PackedSequences(load_examples(given.data, tokenizer)[0], options.max_length)
     keywords = {"args": args, "data_collator": flatten, "train_dataset": packed, "processing_class": tokenizer}
     settings = resume.settings_of(model_args, args, packed, SHAPES[shape])
     trainer = Trainer(model=model, settings=settings, shares_batches=True, **keywords)

@@ -29,8 +29,9 @@ from transformers import (
 
 from benchmarks import measure
 from sft import IGNORE_INDEX
-from sft.data.load import flatten, labels_of, load_examples
-from sft.data.packing import PackedDataset
+from sft.data.collate import flatten, labels_of
+from sft.data.load import load_examples
+from sft.data.packing import PackedSequences
 from sft.data.shards import find_shards
 from sft.model import patch
 from sft.model.load import load_tokenizer
@@ -169,7 +170,7 @@ def make_trainer(
         config = SFTConfig(**settings, packing=way.packed, max_length=options.max_length)
         rows = examples.select_columns(["input_ids", "labels"])
         return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
-    rows = PackedDataset(examples, options.max_length) if way.packed else examples
+    rows = PackedSequences(examples, options.max_length) if way.packed else examples
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
     if way.ours:
         patch.install(model)

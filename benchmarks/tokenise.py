@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import measure
 from sft import IGNORE_INDEX
+from sft.data.cache import tokenised
 from sft.data.formats import Row, read_all
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
@@ -104,7 +105,7 @@ def measure_way(name: str, folder: Path, options: argparse.Namespace) -> dict[st
         if name == "original":
             tokenise_as_the_original(rows, tokenizer, cache, options.processes)
         else:
-            cache.tokenised([rows], tokenizer, cache, options.processes)
+            tokenised([rows], tokenizer, cache, options.processes)
         return {"seconds": time.perf_counter() - start}
 
 

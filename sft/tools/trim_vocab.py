@@ -28,11 +28,11 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from sft import prompts
 from sft.data.load import load_examples
+from sft.data.report import print_data
 from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program
 from sft.training.disk import new_model_folder
 from sft.training.model_card import base_licence
-from sft.training.summary import data_line, print_data
 
 ROWS_AT_ONCE = 10_000
 MULTIPLE = 64  # of rows in the embedding, as matrix products on a GPU want
@@ -258,7 +258,7 @@ def trim(name: str, data: str, folder: Path, keep_top: int | None, max_length: i
         num_occurring=int((counts > 0).sum()),
         num_parameters=(num_parameters, model.num_parameters()),
         data_tokens=(report.tokens, report_again.tokens),
-        data=data_line(report),
+        data=report.line(),
     )
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.encode import Encoder
 from sft.data.formats import Row
-from sft.data.load import DataReport, load_examples
+from sft.data.load import load_examples
+from sft.data.report import DataReport
 from sft.model.load import load_tokenizer
 
 

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX
+from sft.data.collate import flatten, labels_of
 from sft.data.encode import Encoder, Example, group
 from sft.data.formats import Row, read_rows
-from sft.data.load import flatten, labels_of, load_examples
+from sft.data.load import load_examples
 from sft.model import patch
 from sft.model.load import load_tokenizer
 from sft.prompts import build_chat_prompt, build_prompt

@@ -20,9 +20,9 @@ from pyarrow import parquet
 
 from sft import IGNORE_INDEX
 from sft.data import cache
+from sft.data.collate import labels_of
 from sft.data.encode import Encoder
 from sft.data.formats import ROLES, SHAPES, Pair, Row, Shape, Turns, read_all, read_rows, split_history
-from sft.data.load import labels_of
 from sft.data.shards import Refused
 from sft.model.load import load_tokenizer
 from sft.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, build_chat_prompt, build_prompt

@@ -1,25 +1,21 @@
-"""Rows as a data set, the report on every one of them, their labels, and flat batches."""
+"""Rows as a data set, the report on every one of them, and what is held out."""
 
-import copy
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.encode import Encoder, encode_rows
+from sft.data.cache import lengths_of
+from sft.data.collate import labels_of
+from sft.data.encode import encode_rows
 from sft.data.formats import Row, read_rows
-from sft.data.load import flatten, labels_of, lengths_of, load_examples
+from sft.data.load import load_examples
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
-from sft.model.loss import label_positions
 from sft.prompts import build_chat_prompt, build_prompt
 from support.project import SAMPLE
-
-NASTY = "天地玄黄宇宙洪荒𠀀𪛖😀。，！？、…「」（）().,!?|\n\n\n  \u3000\u3000\t۔।,éa1 #:"
 
 
 @pytest.fixture(params=["bloom-tiny", "falcon-tiny"])
@@ -52,9 +48,6 @@ def parts_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         asked = [(build_chat_prompt(messages[: 2 * i + 1]), reply) for i, (_, reply) in enumerate(turns)]
     encoded = [(tokenizer(prompt).input_ids, tokenizer(reply).input_ids) for prompt, reply in asked]
     return [ids for prompt, reply in encoded for ids in (prompt, [*reply, tokenizer.eos_token_id])]
-
-
-# ---------------------------------------------------------------------------------------------------------- the report
 
 
 def test_report_counts_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
@@ -129,86 +122,3 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
         assert report.what_is_wrong(0.49) == (
             "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; mend them, or allow more"
         )
-
-
-# -------------------------------------------------------------------------------------------------------- the flat batch
-
-
-def example_of(length: int, first: int, *lengths: int) -> dict[str, list[int]]:
-    """Return a row of ascending ids that are all labels; of one example, or of those of some lengths."""
-    turns = [number for each in lengths or (length,) for number in (0, each)]
-    return {"input_ids": list(range(first, first + length)), "lengths": turns}
-
-
-def test_labels_are_the_answers_ids_in_their_places():
-    row = {"input_ids": [7, 8, 9, 10, 11, 12, 13], "lengths": [2, 1, 1, 3]}
-    assert labels_of(row) == [-100, -100, 9, -100, 11, 12, 13]
-    assert labels_of({"input_ids": [7, 8], "lengths": [2, 0]}) == [-100, -100]
-
-
-def test_examples_are_joined_end_to_end_without_padding():
-    row = flatten([example_of(3, 10), example_of(1, 20), example_of(2, 30)])
-    assert {name: value.tolist() for name, value in row.items()} == {
-        "input_ids": [[10, 11, 12, 20, 30, 31]],
-        "labels": [[-100, 11, 12, -100, -100, 31]],
-        "position_ids": [[0, 1, 2, 0, 0, 1]],
-        "label_positions": [[0, 1, 4]],
-    }
-    assert all(value.dtype == torch.int64 for value in row.values())
-
-
-def test_positions_count_over_prompt_and_answer_of_each_example():
-    row = flatten([{"input_ids": [7, 8, 9, 10, 11, 12, 13], "lengths": [2, 1, 1, 3]}])
-    assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert row["labels"].tolist() == [[-100, -100, 9, -100, 11, 12, 13]]
-
-
-def test_packed_rows_keep_their_positions():
-    packed = example_of(5, 10, 2, 3)
-    row = flatten([packed, example_of(2, 20), packed])
-    assert row["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 1, 2]]
-    assert row["input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21, 10, 11, 12, 13, 14]]
-    assert row["labels"].tolist() == [[-100, 11, -100, 13, 14, -100, 21, -100, 11, -100, 13, 14]]
-
-
-def test_joining_leaves_the_examples_as_they_were():
-    examples = [example_of(3, 10), example_of(2, 20), example_of(5, 30, 2, 3)]
-    before = copy.deepcopy(examples)
-    flatten(examples)
-    assert examples == before
-
-
-def rows_of_tokens(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
-    """Return rows of one reply as `flatten` takes them."""
-    examples = [example for [example] in Encoder(tokenizer).encode(rows)]
-    pairs = [(example.prompt, example.answer) for example in examples]
-    return [{"input_ids": prompt + answer, "lengths": [len(prompt), len(answer)]} for prompt, answer in pairs]
-
-
-def test_tokenised_rows_join_into_what_they_are_alone(tokenizer: PreTrainedTokenizerBase):
-    tokenizer.model_max_length = 2048
-    rng = random.Random(2)
-    texts = [["".join(rng.choices(NASTY, k=rng.randint(1, 40))) for _ in range(3)] for _ in range(9)]
-    rows = [Row(*three, "rows:1") for three in texts]
-    examples = rows_of_tokens(rows, tokenizer)
-    parts = flatten(examples)["input_ids"].split([len(example["input_ids"]) for example in examples], dim=1)
-    assert [part[0].tolist() for part in parts] == [example["input_ids"] for example in examples]
-    alone = [flatten([example]) for example in examples]
-    assert all(len(row["input_ids"]) == 1 for row in alone)
-    joined = flatten(examples)
-    for name in ("input_ids", "labels", "position_ids"):
-        assert torch.equal(joined[name], torch.cat([row[name] for row in alone], dim=1))
-    assert torch.equal(joined["label_positions"][0], label_positions(joined["labels"]))
-
-
-def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], Path]):
-    tokenizer = load_tokenizer(str(make_model("falcon-tiny")))
-    eos = tokenizer.eos_token_id
-    assert tokenizer.pad_token_id == eos
-    rows = [Row("问", "", "答", "a"), Row("问", "", "长" * 9, "b")]
-    examples = rows_of_tokens(rows, tokenizer)
-    row = flatten(examples)
-    ends = [len(examples[0]["input_ids"]) - 1, row["input_ids"].shape[1] - 1]
-    assert (row["input_ids"][0] == eos).nonzero().flatten().tolist() == ends
-    assert row["labels"][0, ends].tolist() == [eos, eos]
-    assert row["labels"][0].tolist() == [label for each in encode_rows(rows, tokenizer) for label in each["labels"]]

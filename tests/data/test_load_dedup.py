@@ -12,7 +12,6 @@ import train_sft
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
 from sft.program import run_program
-from sft.training.summary import data_line
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_a_cut_row_that_is_left_out_is_no_longer_among_the_cut(tokenizer, tmp_pa
     file = write(tmp_path / "rows.jsonl", cut, task("空", ""), cut, task("空", ""))
     _, report = load_examples(str(file), tokenizer, str(tmp_path / "cache"), dedup=True)
     assert [note.split(":")[0] for _, note in places_and_notes(report)] == ["cut", "refused", "refused", "duplicate"]
-    assert data_line(report).startswith("4 rows read: 1 kept (1 of them cut), 2 refused, 1 duplicates; 300 tokens")
+    assert report.line().startswith("4 rows read: 1 kept (1 of them cut), 2 refused, 1 duplicates; 300 tokens")
 
 
 def test_the_program_counts_and_lists_them(make_model, tmp_path, monkeypatch, capsys):

@@ -13,9 +13,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
 from sft import IGNORE_INDEX
-from sft.data.load import flatten, labels_of
+from sft.data.collate import flatten, labels_of
 from sft.data.order import EMPTY_ROW, EpochOrder, EvenRows
-from sft.data.packing import PackedDataset
+from sft.data.packing import PackedSequences
 from sft.training.trainer import Trainer
 
 SIZES = [1, 2, 5, 12, 29, 47]
@@ -27,12 +27,12 @@ def rows_of(number: int) -> list[dict]:
 
 
 @pytest.fixture
-def packed() -> PackedDataset:
+def packed() -> PackedSequences:
     """Five examples in rows of up to eight tokens."""
     tokens = [[1] * 3, [2] * 5, [3] * 7, [4] * 2, [5] * 4]
     lengths = list(map(len, tokens))
     columns = {"input_ids": tokens, "lengths": [[1, length - 1] for length in lengths], "length": lengths}
-    return PackedDataset(datasets.Dataset.from_dict(columns), 8)
+    return PackedSequences(datasets.Dataset.from_dict(columns), 8)
 
 
 # ------------------------------------------------------------------------------------------------------------- EvenRows
@@ -178,7 +178,7 @@ def make_loader(tmp_path: Path) -> Callable[..., DataLoader]:
             args=args,
             data_collator=flatten,
             train_dataset=rows_of(7),
-            settings={},
+            settings=None,
             shares_batches=True,
         )
         return trainer.get_train_dataloader()

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from sft.data.load import flatten, load_examples
-from sft.data.packing import PackedDataset, examples_of, pack
+from sft.data.collate import flatten
+from sft.data.load import load_examples
+from sft.data.packing import PackedSequences, pack
 from sft.model.load import load_tokenizer
 from support.project import SAMPLE
 
@@ -117,7 +118,7 @@ def examples(request: pytest.FixtureRequest, make_model: Callable[[str], Path], 
     return load_examples(str(SAMPLE), tokenizer, str(cache_dir))[0]
 
 
-def split_rows(packed: PackedDataset) -> list[tuple[list[int], list[int]]]:
+def split_rows(packed: PackedSequences) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of every example in every row, found by the flat batch's positions alone."""
     found = []
     for index in range(len(packed)):
@@ -147,7 +148,7 @@ def ids_and_labels(examples: Dataset) -> list[tuple[list[int], list[int]]]:
 
 
 def test_all_rows_together_hold_every_example_once(examples: Dataset):
-    packed = PackedDataset(examples, MAX_LENGTH)
+    packed = PackedSequences(examples, MAX_LENGTH)
     assert 1 < len(packed) < len(examples) / 1.5
     assert sorted(split_rows(packed)) == sorted(ids_and_labels(examples))
     assert len(ids_and_labels(examples)) > len(examples), "no conversation is among them"
@@ -155,7 +156,7 @@ def test_all_rows_together_hold_every_example_once(examples: Dataset):
 
 def test_a_row_holds_the_examples_that_pack_put_there_in_their_order(examples: Dataset):
     row_of = pack(np.array(examples["length"][:]), MAX_LENGTH, seed=3)
-    packed = PackedDataset(examples, MAX_LENGTH, seed=3)
+    packed = PackedSequences(examples, MAX_LENGTH, seed=3)
     assert len(packed) == row_of.max() + 1
     for row in range(len(packed)):
         members = examples.select(np.flatnonzero(row_of == row))
@@ -166,7 +167,7 @@ def test_a_row_holds_the_examples_that_pack_put_there_in_their_order(examples: D
 
 
 def test_fill_rate_is_tokens_by_the_room_of_all_rows(examples: Dataset):
-    packed = PackedDataset(examples, 2048)
+    packed = PackedSequences(examples, 2048)
     num_tokens = sum(len(example["input_ids"]) for example in examples)
     assert packed.fill_rate == pytest.approx(num_tokens / (2048 * len(packed)))
     assert 0.8 < packed.fill_rate <= 1
@@ -174,7 +175,7 @@ def test_fill_rate_is_tokens_by_the_room_of_all_rows(examples: Dataset):
 
 def test_examples_that_were_split_off_are_packed_alone(examples: Dataset):
     split = examples.train_test_split(0.3, seed=1)
-    packed = {name: PackedDataset(part, MAX_LENGTH) for name, part in split.items()}
+    packed = {name: PackedSequences(part, MAX_LENGTH) for name, part in split.items()}
     for name, part in split.items():
         assert part._indices is not None  # otherwise this would test nothing new
         assert sorted(split_rows(packed[name])) == sorted(ids_and_labels(part))
@@ -184,7 +185,7 @@ def test_examples_that_were_split_off_are_packed_alone(examples: Dataset):
 
 def test_a_packed_row_is_as_flat_as_its_examples_joined(examples: Dataset):
     row_of = pack(np.array(examples["length"][:]), MAX_LENGTH)
-    packed = PackedDataset(examples, MAX_LENGTH)
+    packed = PackedSequences(examples, MAX_LENGTH)
     for index in range(len(packed)):
         flat = flatten([packed[index]])
         expected = flatten(list(examples.select(np.flatnonzero(row_of == index))))
@@ -193,7 +194,7 @@ def test_a_packed_row_is_as_flat_as_its_examples_joined(examples: Dataset):
 
 
 def test_rows_come_out_of_a_pickle_and_a_worker_the_same(examples: Dataset):
-    packed = PackedDataset(examples, MAX_LENGTH)
+    packed = PackedSequences(examples, MAX_LENGTH)
     again = pickle.loads(pickle.dumps(packed))
     rows = [packed[index] for index in range(len(packed))]
     assert [again[index] for index in range(len(again))] == rows
@@ -202,8 +203,3 @@ def test_rows_come_out_of_a_pickle_and_a_worker_the_same(examples: Dataset):
     for batch, start in zip(loaded, range(0, len(rows), 2), strict=True):
         expected = flatten(rows[start : start + 2])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
-
-
-def test_the_examples_of_rows_are_those_that_were_given(examples: Dataset):
-    assert examples_of(examples) is examples
-    assert examples_of(PackedDataset(examples, MAX_LENGTH)) is examples

@@ -14,7 +14,7 @@ from sft.data import formats, streaming
 from sft.data.encode import Encoder
 from sft.data.load import load_examples
 from sft.data.shards import find_shards
-from sft.data.streaming import StreamedRows
+from sft.data.streaming import StreamedSequences
 from sft.model.load import load_tokenizer
 from sft.program import OneRankError, UserError
 
@@ -69,12 +69,12 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stream(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., StreamedRows]:
+def stream(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., StreamedSequences]:
     """Return a function that gives the rows of a folder, streamed."""
 
-    def stream(folder: Path, **settings: object) -> StreamedRows:
+    def stream(folder: Path, **settings: object) -> StreamedSequences:
         notes = tmp_path / f"notes{settings.get('rank', 0)}.jsonl"
-        return StreamedRows(
+        return StreamedSequences(
             find_shards(str(folder)), Encoder(tokenizer), notes, **{"max_bad_fraction": 0.1, **settings}
         )
 
@@ -134,7 +134,7 @@ def test_packed_rows_hold_every_example_once_an_epoch_over_all_ranks(
     found: Counter = Counter()
     for rank in range(world_size):
         rows, num_examples = [], 0
-        for row in stream(tasks, rank=rank, world_size=world_size, packing=True):
+        for row in stream(tasks, rank=rank, world_size=world_size, is_packed=True):
             rows.append(tokens_of(row))
             num_examples += len(row["lengths"]) // 2
             assert len(row["input_ids"]) == sum(row["lengths"]) <= MAX_LENGTH
@@ -152,7 +152,7 @@ def test_conversations_are_the_rows_of_the_data_set(packing, stream, conversatio
     if packing:
         monkeypatch.setattr(streaming, "ENCODED_REPLIES", examples_in(own).total())
         rows, num_examples = [], 0
-        for row in stream(conversations, packing=True):
+        for row in stream(conversations, is_packed=True):
             rows.append(tokens_of(row))
             num_examples += len(row["lengths"]) // 2
             if num_examples == examples_in(own).total():
@@ -172,8 +172,8 @@ def test_unshuffled_rows_come_in_the_order_of_the_files(stream, tasks, expected)
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_order_is_that_of_the_seed(packing, stream, tasks, small_buffers):
-    one, again, other = (take(stream(tasks, packing=packing, seed=seed), 200) for seed in (5, 5, 6))
-    rows = stream(tasks, packing=packing, seed=5)
+    one, again, other = (take(stream(tasks, is_packed=packing, seed=seed), 200) for seed in (5, 5, 6))
+    rows = stream(tasks, is_packed=packing, seed=5)
     assert one == again == take(rows, 200) == take(rows, 200)
     assert one != other
 
@@ -196,7 +196,7 @@ def count_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 @pytest.mark.parametrize("packing", [False, True])
 def test_training_begins_before_all_is_read(packing, stream, tmp_path, monkeypatch):
     file, num_read = write(tmp_path / "rows.jsonl", map(task, range(60_000))), count_read(monkeypatch)
-    rows = iter(stream(file, packing=packing, world_size=2))
+    rows = iter(stream(file, is_packed=packing, world_size=2))
     next(rows)
     assert num_read() < 15_000
     take(rows, 50)

@@ -256,7 +256,10 @@ def test_eight_bit_adam_trains(run, make_model, data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_r", "-1"], "error: --lora_r -1 --lora_alpha None --lora_dropout 0.0 cannot be used: rank and alpha must be "),
+        (
+            ["--lora_r", "-1"],
+            "error: --lora_r -1 --lora_alpha None --lora_dropout 0.0 cannot be used: rank and alpha",
+        ),
         (["--lora_dropout", "1"], "rank and alpha must be above 0, and dropout in [0, 1)"),
         (["--lora_r", "0", "--lora_alpha", "8"], "need LoRA, which is off; add --lora_r 16"),
         (["--lora_r", "0", "--load_in_4bit"], "need LoRA, which is off; add --lora_r 16"),

@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX
 from sft.data import cache, json_stream, shards
+from sft.data.collate import labels_of
 from sft.data.formats import Row, read_all
-from sft.data.load import DataReport, labels_of, load_examples
+from sft.data.load import load_examples
+from sft.data.report import NOTES, DataReport
 from sft.data.shards import NUM_NAMED, Refused, find_shards
 from sft.model.load import load_tokenizer
 from sft.program import UserError
-from sft.training.summary import NOTES
 from support.dirt import GOOD, Kind, around, array, dump, lines, row
 from support.dirt_files import KINDS, write_good
 from support.project import PROJECT

@@ -164,7 +164,7 @@ def test_a_disk_that_another_fills_up_leaves_the_older_checkpoint_whole(start, s
     (small_disk / "another file").write_bytes(bytes(int(free - 1.5 * 2**20)))
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == 2
-    expected = r"^error: checkpoint-80 needs about 2.0 MiB and \S+ has 1.5 MiB free; \S+/checkpoint-40 is complete; free"
+    expected = r"^error: checkpoint-80 needs about 2.0 MiB and \S+ has 1.5 MiB free; \S+/checkpoint-40 is complete; "
     assert re.search(expected, stderr, re.MULTILINE), stderr
 
     (small_disk / "another file").unlink()

@@ -130,7 +130,7 @@ def test_a_model_without_weights_is_one_line_and_exit_code_2(make_model, cache_d
 
 
 def test_a_disk_without_room_for_the_data_report_is_one_line(make_model, cache_dir, tmp_path, monkeypatch, capfd):
-    from sft.training import summary
+    import train_sft
 
     def fill(reports, path: Path):
         raise OSError(errno.ENOSPC, "No space left on device")

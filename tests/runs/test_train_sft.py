@@ -50,7 +50,8 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     assert logged(tmp_path) == pytest.approx(plain_losses(make_model(shape), 3 * packed), abs=1e-5)
     assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
     assert (
-        f"about {24 / len(packed):.0f} examples per step = {24 / len(packed):.1f} per sequence x 1 per device" in result.stdout
+        f"about {24 / len(packed):.0f} examples per step = {24 / len(packed):.1f} per sequence x 1 per device"
+        in result.stdout
     )
 
 

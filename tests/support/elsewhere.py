@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from sft.data.load import flatten
+from sft.data.collate import flatten
 from sft.model import attention, patch
 from sft.tools.random_model import build_model
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from safetensors.torch import save_file
-from sft.data.sequences import SampleSequences, Sequences
 
 from sft.data import sequences
 from sft.data.packing import PackedSequences
+from sft.data.sequences import SampleSequences, Sequences
 from sft.program import UserError
 from sft.tools.random_model import SHAPES
 from sft.training import checkpoints, resume
