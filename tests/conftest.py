@@ -11,14 +11,20 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.project import PROJECT, SAMPLE
 from support.warm_python import network
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # What a warm program has imported: all that training and its launcher import sooner or later.
-WARM = ["train_sft", "deepspeed", "torch.distributed.run", "sft.training.launch", "sft.chat.model", "sft.tools.export"]
+WARM = ["train_sft", "sft.training.launch", "sft.chat.model", "sft.tools.export"]
+WARM += ["deepspeed", "torch.distributed.run", "torch.profiler", "matplotlib.pyplot", "matplotlib.backends.backend_agg"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -30,8 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks in use."""
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "slow: several ranks, or runs that are killed and started again")
+    config.addinivalue_line("markers", "slow: long and rare; sh tests/run.sh --all runs these as well")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave gpu/ out where there is no GPU."""
+    if collection_path != PROJECT / "tests" / "gpu":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else True
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +62,20 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[shape]
 
     return make
+
+
+@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
+def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of each family."""
+    from sft.model.load import load_tokenizer
+
+    return load_tokenizer(str(make_model(request.param)))
+
+
+@pytest.fixture
+def device() -> str:
+    """Return the device on which a test computes; gpu/ has another one."""
+    return "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 # Read while Python starts or modules are imported.
 AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "TORCH_LOGS", "PYTHONPATH", "PYTHONWARNINGS", "LD_", "THP_")
@@ -16,7 +17,7 @@ AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "TORCH_LOGS", "PYTHONPATH",
 
 def network() -> str:
     """Return which network namespace this process is in: a server's forks are in the server's."""
-    return os.readlink("/proc/self/ns/net")
+    return str(Path("/proc/self/ns/net").readlink())
 
 
 def is_warm(argv: list[str], settings: dict) -> bool:
@@ -24,7 +25,7 @@ def is_warm(argv: list[str], settings: dict) -> bool:
     project, at_start = settings["project"], settings["environment"]
     is_ours = argv[:1] in (["train_sft.py"], [f"{project}/train_sft.py"])
     is_ours |= argv[:1] == ["-m"] and argv[1].startswith("sft.")
-    if not is_ours or os.getcwd() != project or network() != settings["network"]:
+    if not is_ours or str(Path.cwd()) != project or network() != settings["network"]:
         return False
     given = {name: value for name, value in os.environ.items() if name.startswith(AT_IMPORT)}
     if given.get("PYTHONPATH") == project:  # as ds_all.sh sets it
@@ -39,7 +40,7 @@ def main(settings: dict) -> None:
         os.execv(settings["python"], [settings["python"], *sys.argv[1:]])
     server = socket.socket(socket.AF_UNIX)
     server.connect(settings["socket"])
-    program = {"argv": argv, "environment": dict(os.environ), "folder": os.getcwd()}
+    program = {"argv": argv, "environment": dict(os.environ), "folder": str(Path.cwd())}
     message = (json.dumps(program) + "\n").encode()
     sent = socket.send_fds(server, [message], [0, 1, 2])
     server.sendall(message[sent:])

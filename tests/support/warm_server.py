@@ -15,6 +15,8 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 GREETING_BYTES = 1_000_000
 own_environment = dict(os.environ)
@@ -55,6 +57,7 @@ class Server:
         alive = os.pidfd_open(process)
         self.selector.register(connection, selectors.EVENT_READ, lambda: self.pass_on(connection, process))
         self.selector.register(alive, selectors.EVENT_READ, lambda: self.report(connection, alive, process))
+        return None
 
     def leave(self, connection: socket.socket, streams: list[int]) -> None:
         """In a fork: keep nothing of the server's but its modules."""
@@ -82,10 +85,8 @@ class Server:
         for each in (connection, alive):
             if each in self.selector.get_map():
                 self.selector.unregister(each)
-        try:
-            connection.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
-        except BrokenPipeError:
-            pass
+        with suppress(BrokenPipeError):
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         connection.close()
         os.close(alive)
 
@@ -106,7 +107,7 @@ def run(argv: list[str], environment: dict[str, str], folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = os.getcwd()
+    sys.path[0] = str(Path.cwd())
     for name in sys.argv[2:]:
         importlib.import_module(name)
     run(**Server(int(sys.argv[1])).serve())

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainingArguments
 from sft.data.cache import Counts
 from sft.data.load import DataReport
 from sft.data.packing import PackedDataset
-from sft.model.load import load_tokenizer
 from sft.training import arguments, summary
 from sft.training.summary import count_steps, losses, marked_example, plot_losses, rate_line, rows_line, steps_line
 
@@ -105,11 +104,6 @@ def test_the_learning_rate_is_explained_where_no_flag_says_how_large_a_step_is(t
     assert rate_line(args, rows) == {}
     asked = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
     assert rate_line(asked, rows) == {} == rate_line(asked, make_examples([3] * 9))
-
-
-@pytest.fixture
-def tokenizer(make_model):
-    return load_tokenizer(str(make_model("falcon-tiny")))
 
 
 def test_every_trained_part_is_marked(tokenizer):
