@@ -4,16 +4,26 @@ No test needs a network or a GPU. Each worker keeps its models and caches in its
 """
 
 import json
-import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
 
-from support.project import PROJECT, SAMPLE, run_as_program
+from support.project import PROJECT, SAMPLE
+from support.warm_python import network
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What a warm program has imported: all that training and its launcher import sooner or later.
+WARM = ["train_sft", "sft.training.launch", "sft.chat.model", "sft.tools.export"]
+WARM += ["deepspeed", "torch.distributed.run", "torch.profiler", "matplotlib.pyplot", "matplotlib.backends.backend_agg"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -26,8 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks in use."""
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "slow: several ranks, or runs that are killed and started again")
+    config.addinivalue_line("markers", "slow: long and rare; sh tests/run.sh --all runs these as well")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave gpu/ out where there is no GPU."""
+    if collection_path != PROJECT / "tests" / "gpu":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else True
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +62,20 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[shape]
 
     return make
+
+
+@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
+def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of each family."""
+    from sft.model.load import load_tokenizer
+
+    return load_tokenizer(str(make_model(request.param)))
+
+
+@pytest.fixture
+def device() -> str:
+    """Return the device on which a test computes; gpu/ has another one."""
+    return "cpu"
 
 
 @pytest.fixture(scope="session")
@@ -67,44 +99,56 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_forked(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Return a function that runs `python train_sft.py ARGUMENTS` without the five seconds of its imports.
+def warm_python(cache_dir: Path) -> Iterator[str]:
+    """Return a stand-in for sys.executable: programs of this project start in it without seconds of imports.
 
-    Each run is a process of its own, forked from one that has only imported the script.
+    Give it as PYTHON_EXEC to a launcher, too, for its ranks. See support/warm_server.py.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_sft", "support.project"])
-    os.environ["HF_DATASETS_CACHE"] = str(cache_dir)  # read while importing
-    folder = tmp_path_factory.mktemp("printed")
-
-    def run_forked(arguments: list[str], timeout: float) -> subprocess.CompletedProcess:
-        printed = [str(folder / name) for name in ("output", "errors")]
-        process = context.Process(target=run_as_program, args=(arguments, *printed))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        texts = [Path(name).read_text(encoding="utf-8") for name in printed]
-        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
-
-    return run_forked
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache_dir), "DS_ACCELERATOR": "cpu"}
+    support = PROJECT / "tests" / "support"
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen(64)
+        number = listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, support / "warm_server.py", str(number), *WARM],
+            cwd=PROJECT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[number],
+        )
+        settings = {
+            "project": str(PROJECT),
+            "python": sys.executable,
+            "socket": f"{folder}/socket",
+            "environment": environment,
+            "network": network(),
+        }
+        python = Path(folder, "python")
+        python.write_text(
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(support)!r})\n"
+            f"import warm_python\nwarm_python.main({settings!r})\n"
+        )
+        python.chmod(0o700)
+        yield str(python)
+        server.stdin.close()
+        server.wait()
 
 
 @pytest.fixture
-def run(cache_dir: Path, run_forked: Callable) -> Callable[..., subprocess.CompletedProcess]:
+def run(cache_dir: Path, warm_python: str) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs `python ARGUMENTS` in the project's folder and captures what it prints."""
 
     def run(
         *arguments: object, timeout: float = 300, input: str | None = None, **environment: str
     ) -> subprocess.CompletedProcess:
-        if arguments[0] == "train_sft.py" and not environment:
-            return run_forked([*map(str, arguments)], timeout)
+        settings = {"HF_DATASETS_CACHE": str(cache_dir), "PYTHON_EXEC": warm_python, **environment}
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [warm_python, *map(str, arguments)],
             cwd=PROJECT,
             input=input,
-            env={**os.environ, "HF_DATASETS_CACHE": str(cache_dir), **environment},
+            env={**os.environ, **settings},
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -1,5 +1,8 @@
 #!/bin/sh
-# All tests and the linter: sh tests/run.sh [any pytest argument]
+# The linter and the tests:
+#   sh tests/run.sh                       all but the slow ones, in five minutes on two cores
+#   sh tests/run.sh --all                 every one, in twelve
+#   sh tests/run.sh [pytest arguments]    those that the arguments select, slow or not
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 . "$here/setup.sh"
@@ -15,7 +18,7 @@ cd "$here"
 # Beside the other packages: its import takes seconds, which the tests without it should not pay.
 beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/bitsandbytes
 [ -d "$beside" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$beside" \
-    "$("$PYTHON" -c 'from sft.training.precision import BITSANDBYTES; print(BITSANDBYTES)')" ||
+    "$("$PYTHON" -c 'from sft.training.arguments import BITSANDBYTES; print(BITSANDBYTES)')" ||
     echo "bitsandbytes cannot be installed: its tests are skipped" >&2
 # Triton too, to interpret the kernels of a GPU without one: PyTorch's CPU build should not find it elsewhere.
 triton_beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/triton
@@ -23,5 +26,9 @@ triton_beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/triton
     echo "Triton cannot be installed: the tests of kernels are skipped" >&2
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+case ${1-} in
+    "") set -- -m "not slow" ;;
+    --all) shift ;;
+esac
 # Two workers of one thread each: the models are too small to share out over threads.
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist worksteal "$@" tests

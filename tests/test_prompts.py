@@ -1,13 +1,9 @@
 """The templates' text, conversations, and the chat template that says the same in Jinja."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sft.model.load import load_tokenizer
 from sft.prompts import body_spans, build_chat_prompt, build_prompt, chat_template
 
 NASTY = [
@@ -31,11 +27,6 @@ WRONG_ORDERS = [
     ["system", "system", "user"],
     ["tool"],
 ]
-
-
-@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
-def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(make_model(request.param)))
 
 
 def conversation(*contents: str, system: str | None = None) -> list[dict[str, str]]:

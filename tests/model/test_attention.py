@@ -11,33 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from sft import IGNORE_INDEX
 from sft.model import attention, patch
 from sft.model.attention import FlatBatch
 from sft.tools.random_model import build_model
+from support.examples import TOLERANCE, make_examples, mask_prompt, off_by, positions_of, wrong_gradients
 from support.project import TINY_SHAPES
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
-DEVICES = ["cpu", CUDA]
-TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
 ALIBI_SHAPES = ["bloom-tiny", "bloom-tiny-6-heads", "falcon-tiny-rw"]
 LENGTHS = (5, 300, 1, 40)  # boundaries inside blocks of 128, an example over three of them, one of one token
 NUM_ITEMS = 1000  # labels of the batch, more than of the row: other rows and ranks have some too
-
-
-def make_examples(lengths: tuple[int, ...], device: str = "cpu") -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(1024, (1, length), generator=generator).to(device) for length in lengths]
-
-
-def positions_of(lengths: tuple[int, ...], device: str = "cpu") -> torch.Tensor:
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
-def mask_prompt(example: torch.Tensor) -> torch.Tensor:
-    labels = example.clone()
-    labels[:, : 1 + example.shape[1] // 3] = IGNORE_INDEX
-    return labels
 
 
 def make_installed(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -46,20 +28,6 @@ def make_installed(shape: str, device: str = "cpu", dtype: torch.dtype = torch.f
     return model
 
 
-def off_by(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Return the largest difference by the largest expected value."""
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor)).item()
-
-
-def wrong_gradients(model: PreTrainedModel, own: PreTrainedModel, tolerance: float) -> dict[str, float]:
-    expected = {name: parameter.grad for name, parameter in own.named_parameters()}
-    floor = 1e-3 * max(gradient.abs().max().item() for gradient in expected.values())
-    differences = {name: off_by(p.grad, expected.pop(name), floor) for name, p in model.named_parameters()}
-    assert not expected
-    return {name: difference for name, difference in differences.items() if not difference <= tolerance}
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 @torch.no_grad()
 def test_a_flat_row_has_the_logits_of_each_example_alone(shape: str, device: str):
@@ -71,7 +39,6 @@ def test_a_flat_row_has_the_logits_of_each_example_alone(shape: str, device: str
     assert off_by(logits, expected) <= TOLERANCE[device]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 def test_a_flat_row_has_the_loss_and_gradients_of_each_example_alone(shape: str, checkpointing: bool, device: str):
@@ -94,7 +61,6 @@ def test_a_flat_row_has_the_loss_and_gradients_of_each_example_alone(shape: str,
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 def test_compiling_the_rest_of_the_model_changes_nothing(shape: str, device: str):
     own, model = make_installed(shape, device).train(), make_installed(shape, device).train()
@@ -333,26 +299,3 @@ def test_blocks_are_for_gpus_from_capability_8_on(
     monkeypatch.setattr(attention, "has_triton", lambda: False)  # as on Windows
     assert attention.has_flex_attention(torch.device("cuda", 1)) is False
     assert attention.has_flex_attention(torch.device("cpu")) is False
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="no GPU with FlexAttention"
-)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize(("num_groups", "has_bias"), [(6, True), (6, False), (2, False), (1, False)])
-def test_blocks_and_examples_give_the_same_gradients_on_a_gpu(head_dim: int, num_groups: int, has_bias: bool):
-    lengths, num_heads = (5, 300, 1, 40, 166), 6
-    position_ids = positions_of(lengths, "cuda")
-    bias = paper_slopes(num_heads).to("cuda")[:, None] * position_ids[0] if has_bias else None
-    torch.manual_seed(0)
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    packed = torch.randn(1, sum(lengths), num_groups, num_heads // num_groups + 2, head_dim, **options)
-    upstream = torch.randn(1, sum(lengths), num_heads * head_dim, **options)
-    results = []
-    for attend in (attention.attend_by_blocks, attention.attend_by_examples):
-        inputs = packed.clone().requires_grad_()
-        context = attend(inputs, FlatBatch(position_ids, bias))
-        results.append([context, *torch.autograd.grad(context, inputs, upstream)])
-    for by_blocks, by_examples in zip(*results, strict=True):
-        assert off_by(by_blocks.float(), by_examples.float()) <= 2e-2

@@ -156,12 +156,12 @@ def test_two_ranks_of_either_stage_equal_one_process(make_model, data, cache_dir
 
 
 @pytest.fixture(scope="module")
-def trained(make_model, data, run_forked, tmp_path_factory) -> tuple[Path, str]:
+def trained(make_model, data, run, tmp_path_factory) -> tuple[Path, str]:
     """A finished run, and what it printed."""
     output = tmp_path_factory.mktemp("lora") / "model"
     given = ["--model_name_or_path", make_model("bloom-tiny"), "--data_path", data, "--output_dir", output, *LORA]
     flags = ["--learning_rate", "1e-2", "--max_steps", 3, "--save_steps", 3, "--eval_fraction", 0.2]
-    result = run_forked([str(word) for word in ["train_sft.py", *given, *flags]], 300)
+    result = run("train_sft.py", *given, *flags)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 

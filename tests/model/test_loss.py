@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from sft.model import loss
 from sft.model.loss import TiedEmbedding, TiedGradient, next_token_loss
-from support.batches import HIDDEN, VOCAB, batch, on_each_device
+from support.batches import HIDDEN, VOCAB, batch
 
 TOLERANCE = 1e-5  # of the largest entry
 PRODUCTS = {"mm", "addmm", "addmm_", "_linear_pointwise"}
@@ -77,7 +77,6 @@ def assert_equal_to_reference(hidden_states, weight, labels, num_items=None) -> 
     assert [error(mine, true) < TOLERANCE for mine, true in pairs] == [True, True]
 
 
-@on_each_device
 @pytest.mark.parametrize("positions", [0, 1, 2, 3, 7, 1000])
 @pytest.mark.parametrize(("rows", "length"), [(1, 2), (1, 12), (1, 23), (3, 9)])
 def test_value_and_gradients_are_those_of_all_logits_in_fp64(positions, rows, length, device, monkeypatch):
@@ -85,14 +84,12 @@ def test_value_and_gradients_are_those_of_all_logits_in_fp64(positions, rows, le
     assert_equal_to_reference(*batch(device, rows, length))
 
 
-@on_each_device
 @pytest.mark.parametrize("vocab", [2, 1023, 5003])  # softmax has kernels for short rows and for long ones
 def test_any_size_of_vocabulary_will_do(vocab, device, monkeypatch):
     hold(monkeypatch, 7, vocab)
     assert_equal_to_reference(*batch(device, rows=2, vocab=vocab))
 
 
-@on_each_device
 @pytest.mark.parametrize("positions", [3, 1000])
 @pytest.mark.parametrize("num_items", [40, 2.5, torch.tensor(17)], ids=["int", "float", "tensor"])
 def test_the_sum_is_divided_by_the_number_of_items_that_was_given(num_items, positions, device, monkeypatch):
@@ -101,7 +98,6 @@ def test_the_sum_is_divided_by_the_number_of_items_that_was_given(num_items, pos
     assert_equal_to_reference(*batch(device, rows=2), num_items)
 
 
-@on_each_device
 @pytest.mark.parametrize("position", range(6))
 def test_a_single_label_is_predicted_from_the_position_before_it(position, device):
     hidden_states, weight, _ = batch(device, length=6)
@@ -116,7 +112,6 @@ def test_a_single_label_is_predicted_from_the_position_before_it(position, devic
         assert value.item() == pytest.approx(-log_probs[5].item(), rel=TOLERANCE)
 
 
-@on_each_device
 @pytest.mark.parametrize("positions", [2, 1000])
 def test_extreme_logits_give_finite_and_right_numbers(positions, device, monkeypatch):
     hold(monkeypatch, positions)
@@ -126,7 +121,6 @@ def test_extreme_logits_give_finite_and_right_numbers(positions, device, monkeyp
     assert_equal_to_reference(hidden_states, weight, labels)
 
 
-@on_each_device
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("num_items", [None, 0, 9])
 def test_without_labels_the_loss_is_zero_and_so_are_its_gradients(num_items, length, device):
@@ -162,7 +156,6 @@ def test_only_positions_with_a_label_are_multiplied(monkeypatch):
     assert len(recorder.products) == 3 * len(logits) == 3 * -(-num_labels // 4)
 
 
-@on_each_device
 def test_without_gradients_only_the_logits_are_multiplied(device, monkeypatch):
     hold(monkeypatch, 4)
     hidden_states, weight, labels = batch(device, length=18, share=1.0)
@@ -175,7 +168,6 @@ def test_without_gradients_only_the_logits_are_multiplied(device, monkeypatch):
         assert weight.shape not in recorder.made
 
 
-@on_each_device
 @pytest.mark.parametrize("factor", [3.0, 0.25, 65536.0])  # the last as a gradient scaler multiplies
 def test_gradients_scale_with_the_loss_exactly(factor, device, monkeypatch):
     hold(monkeypatch, 5)
@@ -185,7 +177,6 @@ def test_gradients_scale_with_the_loss_exactly(factor, device, monkeypatch):
     assert all(torch.equal(one * factor, other) for one, other in zip(plain, scaled, strict=True))
 
 
-@on_each_device
 def test_a_frozen_weight_costs_no_gradient_of_its_size(device, monkeypatch):
     hold(monkeypatch, 5)
     hidden_states, weight, labels = batch(device, rows=2)
@@ -197,7 +188,6 @@ def test_a_frozen_weight_costs_no_gradient_of_its_size(device, monkeypatch):
     assert error(found, expected) < TOLERANCE
 
 
-@on_each_device
 def test_frozen_hidden_states_leave_the_weight_its_gradient(device, monkeypatch):
     hold(monkeypatch, 5)
     hidden_states, weight, labels = batch(device, rows=2)
@@ -213,7 +203,6 @@ def norm_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@on_each_device
 def test_autocast_computes_in_bf16_and_keeps_the_dtypes(device):
     hidden_states, weight, labels = batch(device, rows=2, length=40)
     with torch.autocast(device, torch.bfloat16):
@@ -227,7 +216,6 @@ def test_autocast_computes_in_bf16_and_keeps_the_dtypes(device):
         assert 1e-4 < norm_error(mine, true) < 2e-2
 
 
-@on_each_device
 def test_weights_in_bf16_get_gradients_in_bf16(device, monkeypatch):
     hold(monkeypatch, 5)
     hidden_states, weight, labels = batch(device, rows=2, length=40)
@@ -240,7 +228,6 @@ def test_weights_in_bf16_get_gradients_in_bf16(device, monkeypatch):
         assert norm_error(mine, true) < 2e-2
 
 
-@on_each_device
 def test_many_chunks_in_bf16_sum_up_no_less_exactly_than_one(device, monkeypatch):
     hidden_states, weight, labels = batch(device, length=257, share=1.0)
     # A common direction, so that every chunk adds to the same sums; they would stop growing in bf16.
@@ -274,7 +261,6 @@ def tied_batch(device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, 
     return input_ids, weight, middle
 
 
-@on_each_device
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_a_tied_weight_gets_the_gradients_of_head_and_embedding(factor, device, monkeypatch):
     hold(monkeypatch, 5)
@@ -284,7 +270,6 @@ def test_a_tied_weight_gets_the_gradients_of_head_and_embedding(factor, device, 
     assert [error(mine, true) < TOLERANCE for mine, true in zip(found, expected, strict=True)] == [True, True]
 
 
-@on_each_device
 def test_gradients_of_a_tied_weight_accumulate_over_batches(device):
     _, weight, middle = tied_batch(device)
     found, expected = [], []
@@ -309,7 +294,6 @@ def test_a_finished_backward_keeps_no_hold_of_the_tied_gradient():
     assert tied.tensor is None
 
 
-@on_each_device
 def test_a_tied_embedding_without_its_head_has_a_plain_gradient(device):
     input_ids, weight, _ = tied_batch(device)
     [found] = gradients(TiedEmbedding.apply(input_ids, weight, TiedGradient()).square().sum(), weight)
@@ -317,7 +301,6 @@ def test_a_tied_embedding_without_its_head_has_a_plain_gradient(device):
     assert error(found, expected) < TOLERANCE
 
 
-@on_each_device
 def test_a_tied_weight_in_bf16_autocast_is_near_fp32(device):
     input_ids, weight, middle = tied_batch(device)
     with torch.autocast(device, torch.bfloat16):
@@ -327,7 +310,6 @@ def test_a_tied_weight_in_bf16_autocast_is_near_fp32(device):
         assert mine.dtype == torch.float32 and norm_error(mine, true) < 3e-2
 
 
-@on_each_device
 def test_a_tied_weight_in_bf16_gets_one_gradient_in_bf16(device):
     input_ids, weight, middle = tied_batch(device)
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in (weight, middle)]

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from sft.model.loss import TiedEmbedding, TiedGradient, label_positions, next_token_loss
-from support.batches import HIDDEN, batch, on_each_device
+from support.batches import HIDDEN, batch
 
 
-@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_token_that_comes_often_is_rounded_once(device, dtype, monkeypatch):
     own, added_in = torch.Tensor.index_add_, []
@@ -25,7 +24,6 @@ def test_a_token_that_comes_often_is_rounded_once(device, dtype, monkeypatch):
     assert not weight.grad[[0, 1, 2, 4]].any()
 
 
-@on_each_device
 def test_the_head_hands_its_gradient_on_in_fp32(device):
     hidden_states, weight, labels = batch(device)
     weight, tied = weight.to(torch.bfloat16).requires_grad_(), TiedGradient()
@@ -34,7 +32,6 @@ def test_the_head_hands_its_gradient_on_in_fp32(device):
     assert tied.tensor.dtype == torch.float32 and weight.grad is None
 
 
-@on_each_device
 @pytest.mark.parametrize("num_items", [None, 7.0, torch.tensor(7.0)], ids=str)
 def test_positions_and_a_number_on_the_device_change_nothing(device, num_items):
     hidden_states, weight, labels = batch(device)

@@ -14,11 +14,10 @@ from sft import IGNORE_INDEX
 from sft.model import attention, patch
 from sft.program import UserError
 from sft.tools.random_model import build_model
+from support import examples
+from support.examples import TOLERANCE, mask_prompt, off_by, positions_of, wrong_gradients
 from support.project import TINY_SHAPES
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
-DEVICES = ["cpu", CUDA]
-TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
 LENGTHS = (7, 20, 1, 12)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -46,19 +45,8 @@ def build(name: str, device: str = "cpu") -> PreTrainedModel:
     return build_other(family, **fields).to(device)
 
 
-def make_examples(highest: int = 128, lengths: tuple[int, ...] = LENGTHS, device: str = "cpu") -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(highest, (1, length), generator=generator).to(device) for length in lengths]
-
-
-def positions_of(lengths: tuple[int, ...] = LENGTHS) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths])[None]
-
-
-def mask_prompt(example: torch.Tensor) -> torch.Tensor:
-    labels = example.clone()
-    labels[:, : 1 + example.shape[1] // 3] = IGNORE_INDEX
-    return labels
+def make_examples(vocab: int = 128, lengths: tuple[int, ...] = LENGTHS, device: str = "cpu") -> list[torch.Tensor]:
+    return examples.make_examples(lengths, device, vocab)
 
 
 def flatten(examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,19 +63,6 @@ def add_own_gradients(own: PreTrainedModel, examples: list[torch.Tensor]) -> tor
     loss = sum(own(example, labels=own_labels, num_items_in_batch=num_items).loss for example, own_labels in pairs)
     loss.backward()
     return loss
-
-
-def off_by(actual: torch.Tensor, expected: torch.Tensor, floor: float = 1e-30) -> float:
-    """Return the largest difference by the largest expected value."""
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor)).item()
-
-
-def wrong_gradients(model: PreTrainedModel, own: PreTrainedModel, tolerance: float = 1e-5) -> dict[str, float]:
-    expected = {name: parameter.grad for name, parameter in own.named_parameters()}
-    floor = 1e-3 * max(gradient.abs().max().item() for gradient in expected.values())
-    differences = {name: off_by(p.grad, expected.pop(name), floor) for name, p in model.named_parameters()}
-    assert not expected
-    return {name: difference for name, difference in differences.items() if not difference <= tolerance}
 
 
 def replaced_forwards(model: PreTrainedModel) -> list[str]:
@@ -158,7 +133,6 @@ def test_a_folder_saved_of_an_installed_model_is_a_plain_one(shape: str, tmp_pat
     assert off_by(loaded(example).logits, own(example).logits) <= 1e-6
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [*TINY_SHAPES, *OTHERS])
 def test_the_check_passes_and_leaves_the_model_as_it_was(name: str, training: bool, device: str):
@@ -283,7 +257,6 @@ def test_falcon_may_have_alibi_and_fewer_key_value_heads(heads: dict):
     assert patch.check(model, torch.float32, shares_batches=True) < 1e-5
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_have_the_loss_and_gradients_of_each_example_alone(name: str, device: str):
     own, model, examples = build(name, device).train(), build(name, device).train(), make_examples(device=device)
@@ -299,7 +272,6 @@ def test_other_families_have_the_loss_and_gradients_of_each_example_alone(name: 
         assert off_by(model(**packed).logits, expected_logits) <= TOLERANCE[device]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["bloom-tiny", "falcon-tiny", "llama", "llama-tied", "llama-tied-padding"])
 def test_gradients_of_tokens_that_occur_again_add_up_over_batches(name: str, device: str):
     own, model = build(name, device).train(), build(name, device).train()
@@ -369,7 +341,6 @@ def test_frozen_weights_leave_the_others_their_gradients(frozen: str):
         assert name not in trained or off_by(parameter.grad, trained[name]) <= 1e-4
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (20, 3)])
 @pytest.mark.parametrize("name", [*TINY_SHAPES, "llama"])
 def test_a_row_without_labels_has_loss_zero_and_moves_nothing(name: str, lengths: tuple[int, ...], device: str):

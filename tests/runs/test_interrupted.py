@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support import disks
 from support.project import PROJECT, SAMPLE
 
 pytestmark = pytest.mark.slow
@@ -138,11 +139,8 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, star
 @pytest.fixture
 def small_disk(request, tmp_path):
     """A file system of a given size; a checkpoint of the tiny model takes 2.0 MiB and is thought to take 1.9."""
-    mounted = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(tmp_path)]
-    if subprocess.run(mounted, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    with disks.small_disk(tmp_path, request.param):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("small_disk", ["6m"], indirect=True)

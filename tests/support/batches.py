@@ -1,22 +1,11 @@
-"""Random hidden states with a head and labels, on each device there is.
+"""Random hidden states with a head and labels.
 
 Shapes: V = VOCAB, H = HIDDEN; hidden states (rows, length, H), weight (V, H), labels (rows, length).
 """
 
-import pytest
 import torch
 
 VOCAB, HIDDEN = 37, 8
-
-on_each_device = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-        ),
-    ],
-)
 
 
 def batch(

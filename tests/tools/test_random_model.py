@@ -24,11 +24,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bloom-tiny", "falcon-tiny"])
-def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path]) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(make_model(request.param))
-
-
 @pytest.mark.parametrize("shape", TINY_SHAPES)
 def test_plain_transformers_loads_it(make_model: Callable[[str], Path], shape: str):
     model = AutoModelForCausalLM.from_pretrained(make_model(shape))

@@ -43,12 +43,11 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]
 
 
 @pytest.fixture
-def trim(run_forked: Callable, few_rows: tuple, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+def trim(run: Callable, few_rows: tuple, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that trims a model for the few rows into tmp_path / "small"."""
 
     def trim(model: Path, *flags: object, data: Path = few_rows[0], code: int = 0) -> subprocess.CompletedProcess:
-        words = ["sft/tools/trim_vocab.py", model, tmp_path / "small", "--data", data, *flags]
-        result = run_forked([*map(str, words)], 300)
+        result = run("-m", "sft.tools.trim_vocab", model, tmp_path / "small", "--data", data, *flags)
         assert result.returncode == code, result.stdout + result.stderr
         return result
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from sft.program import OneRankError, UserError
 from sft.training import checkpoints, disk
 from sft.training.arguments import Schedule
+from support.disks import remount, small_disk
 
 GIB = 2**30
 
@@ -57,19 +57,10 @@ def have_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk_of_4_mib(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of 4 MiB, with room for files of 3 MB but not of 12."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted only as root, and not in every container")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def let_read_only(folder: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
@@ -173,11 +164,11 @@ def test_a_new_folder_in_a_writable_one_passes_and_is_not_made(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["", "new/er"])
-def test_a_read_only_disk_is_refused(small_disk: Path, name: str):
-    let_read_only(small_disk)
+def test_a_read_only_disk_is_refused(disk_of_4_mib: Path, name: str):
+    remount(disk_of_4_mib, "ro")
     with pytest.raises(UserError) as caught:
-        disk.check_writable(str(small_disk / name))
-    assert f"--output_dir {small_disk / name} cannot be written to: [Errno 30] Read-only" in str(caught.value)
+        disk.check_writable(str(disk_of_4_mib / name))
+    assert f"--output_dir {disk_of_4_mib / name} cannot be written to: [Errno 30] Read-only" in str(caught.value)
 
 
 @contextmanager
@@ -280,25 +271,25 @@ def write_with_safetensors(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_with_torch, write_with_safetensors])
-def test_a_full_disk_costs_only_the_one_being_written(small_disk: Path, write: Callable[[Path], None]):
-    write_checkpoint(small_disk, 1, 2**20)
-    unfinished = small_disk / "unfinished" / "checkpoint-2"
+def test_a_full_disk_costs_only_the_one_being_written(disk_of_4_mib: Path, write: Callable[[Path], None]):
+    write_checkpoint(disk_of_4_mib, 1, 2**20)
+    unfinished = disk_of_4_mib / "unfinished" / "checkpoint-2"
     unfinished.mkdir(parents=True)
-    with pytest.raises(OneRankError) as caught, disk.writing(str(small_disk), "checkpoint-2"):
+    with pytest.raises(OneRankError) as caught, disk.writing(str(disk_of_4_mib), "checkpoint-2"):
         write(unfinished)
     message = str(caught.value)
-    assert message.startswith(f"checkpoint-2 cannot be written to {small_disk}: ") and "\n" not in message
-    assert f"; {small_disk}/checkpoint-1 is complete; free the disk" in message
-    assert names_in(small_disk) == ["checkpoint-1"]
-    assert checkpoints.complete_steps(str(small_disk)) == [1]
+    assert message.startswith(f"checkpoint-2 cannot be written to {disk_of_4_mib}: ") and "\n" not in message
+    assert f"; {disk_of_4_mib}/checkpoint-1 is complete; free the disk" in message
+    assert names_in(disk_of_4_mib) == ["checkpoint-1"]
+    assert checkpoints.complete_steps(str(disk_of_4_mib)) == [1]
 
 
-def test_a_disk_that_turns_read_only_is_told_as_well(small_disk: Path):
-    write_checkpoint(small_disk, 1)
-    let_read_only(small_disk)
-    with pytest.raises(OneRankError, match="Read-only"), disk.writing(str(small_disk), "checkpoint-2"):
-        write_with_safetensors(small_disk)
-    assert checkpoints.complete_steps(str(small_disk)) == [1]
+def test_a_disk_that_turns_read_only_is_told_as_well(disk_of_4_mib: Path):
+    write_checkpoint(disk_of_4_mib, 1)
+    remount(disk_of_4_mib, "ro")
+    with pytest.raises(OneRankError, match="Read-only"), disk.writing(str(disk_of_4_mib), "checkpoint-2"):
+        write_with_safetensors(disk_of_4_mib)
+    assert checkpoints.complete_steps(str(disk_of_4_mib)) == [1]
 
 
 @pytest.mark.parametrize(

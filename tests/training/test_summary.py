@@ -5,7 +5,6 @@ from datasets import Dataset
 
 from sft.data.packing import PackedSequences
 from sft.data.sequences import SampleSequences
-from sft.model.load import load_tokenizer
 from sft.training.arguments import TrainingArguments
 from sft.training.summary import losses, marked_example, plot_losses, precision_line, rate_line, steps_line
 
@@ -68,11 +67,6 @@ def test_the_learning_rate_is_explained_where_no_flag_says_how_large_a_step_is(t
     assert rate_line(args, data) == ""
     asked = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
     assert rate_line(asked, data) == "" == rate_line(asked, SampleSequences(make_examples([3] * 9)))
-
-
-@pytest.fixture
-def tokenizer(make_model):
-    return load_tokenizer(str(make_model("falcon-tiny")))
 
 
 def test_every_trained_part_is_marked(tokenizer):
