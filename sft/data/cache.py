@@ -194,12 +194,12 @@ def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: in
 def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block, Shape | None]]:
     """Yield every block of all files with its file's number and shape, which the first rows tell; note the files."""
     for number, file in enumerate(files):
-        shape, noted = None, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
+        is_noted, noted = False, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
         counts.files.append(noted)
-        for block in shards.read_blocks(file):
-            if shape is None:  # the first block may hold no row
-                shape = formats.find_shape(block)
+        for block, shape in formats.read_shaped(file):
+            if not is_noted:
                 noted |= {"form": block.form, "encoding": block.encoding, "shape": shape.name if shape else "unknown"}
+                is_noted = shape is not None  # the first block may hold no row
             yield number, block, shape
 
 

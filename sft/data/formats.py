@@ -124,21 +124,11 @@ class Turns:
         if not isinstance(turns := record.get(self.turns), list):
             raise _RefusedError(f'no list of "{self.turns}", as the first rows of the file have, only {_keys(record)}')
         said = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
-        system, note = "", ""
-        if said and said[0][0] == "system":
-            system = f"{said.pop(0)[1]}\n"
-        roles = [role for role, _ in said]
-        if said and said[-1][0] == "user":
-            said.pop()
-            note = "cut: the last turn, a question without a reply"
-        if roles[: len(said)] != ["user", "assistant"] * (len(said) // 2) or not said:
-            order = BRIEF.repr(roles) if said else "nothing that is answered"
-            raise _RefusedError(f"turns must alternate between user and assistant, user first; they are {order}")
-        texts = [text for _, text in said]
-        if not all(text.strip() for text in texts):
-            raise _RefusedError("a turn is empty")
-        pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
-        return Row(pairs[-1][0], "", pairs[-1][1], place, pairs[:-1], system, note)
+        system = f"{said.pop(0)[1]}\n" if said and said[0][0] == "system" else ""
+        is_open = bool(said) and said[-1][0] == "user"
+        *history, (question, reply) = _alternating(said, len(said) - is_open)
+        note = "cut: the last turn, a question without a reply" if is_open else ""
+        return Row(question, "", reply, place, tuple(history), system, note)
 
     def _turn(self, turn: object, number: int) -> tuple[str, str]:
         if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
@@ -149,6 +139,18 @@ class Turns:
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise _RefusedError(f'turn {number} is of {BRIEF.repr(role)}; expected "user", "assistant" or "system"')
         return ROLES[role.lower()], _text(turn[self.content], f"{self.content} of turn {number}")
+
+
+def _alternating(said: list[tuple[str, str]], number: int) -> list[tuple[str, str]]:
+    """Return the first `number` turns, of role and text, as pairs of a question and its reply."""
+    roles = [role for role, _ in said]
+    if not number or roles[:number] != ["user", "assistant"] * (number // 2):
+        order = BRIEF.repr(roles) if number else "nothing that is answered"
+        raise _RefusedError(f"turns must alternate between user and assistant, user first; they are {order}")
+    texts = [text for _, text in said[:number]]
+    if not all(text.strip() for text in texts):
+        raise _RefusedError("a turn is empty")
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 SHAPES = (
@@ -257,6 +259,14 @@ def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def read_shaped(shard: Path) -> Iterator[tuple[Block, Shape | None]]:
+    """Yield the blocks of a shard with the shape that its first rows tell; None as long as no row has one."""
+    shape = None
+    for block in read_blocks(shard):
+        shape = shape or find_shape(block)
+        yield block, shape
+
+
 def rows_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Row | Refused]]:
     """Yield the line or index of each row of a block and what it is, then the fault that ends it, if any."""
     for number, value in records_of(block):
@@ -267,9 +277,7 @@ def rows_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Row | Refu
 
 def read_all(shard: Path) -> Iterator[Row | Refused]:
     """Yield each row of a shard, in its order, or why it is refused."""
-    shape = None
-    for block in read_blocks(shard):
-        shape = shape or find_shape(block)
+    for block, shape in read_shaped(shard):
         for _, row in rows_of(block, shape):
             yield row
 

@@ -156,27 +156,32 @@ def _blocks(
 ) -> Iterator[Block]:
     """Put rows, each with its size, into blocks; the block in which reading breaks off carries the fault."""
     size = os.fstat(raw.fileno()).st_size
-    first, block, num_bytes, fault = start, [], 0, None
-    while True:
-        try:
-            row, row_bytes = next(rows, (END, 0))
-        except FAULTS as error:
-            row, row_bytes = END, 0
+    first, is_last = start, False
+    while not is_last:
+        block, is_last, error = _next_rows(rows)
+        fault = None
+        if error:
             unread = max(0, size - raw.tell()) + getattr(error, "num_bytes", 0)
             unread = min(size, unread) if start + len(block) > first else size
             reason = str(error) if isinstance(error, BrokenError) else f"cannot be read on ({one_line(error)})"
             fault = Refused(place_of(shard, form, start + len(block)), f"the file breaks off: {reason}", unread)
-        if row is not END:
+        if block or fault:
+            yield Block(shard, form, encoding, start, block, raw.tell(), fault)
+        start += len(block)
+
+
+def _next_rows(rows: Iterator[tuple[object, int]]) -> tuple[list, bool, Exception | None]:
+    """Return the rows of the next block, whether they are the last, and the error that ended them, if any."""
+    block, num_bytes = [], 0
+    try:
+        for row, row_bytes in rows:
             block.append(row)
             num_bytes += row_bytes
-        if block and (row is END or len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES) or fault:
-            yield Block(shard, form, encoding, start, block, raw.tell(), fault)
-            start, block, num_bytes = start + len(block), [], 0
-        if row is END:
-            return
-
-
-END = object()
+            if len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES:
+                return block, False, None
+    except FAULTS as error:
+        return block, True, error
+    return block, True, None
 
 
 def _open(raw: io.BufferedReader) -> io.BufferedIOBase:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sft.data import cache, shards
+from sft.data import cache, formats, shards
 from sft.data.encode import Encoder
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
@@ -187,12 +187,6 @@ def test_several_processes_make_what_one_makes(num_workers, expected, folder, to
     assert psutil.Process().children() == before
 
 
-def test_few_rows_are_tokenised_without_a_process_more(tokenizer, tmp_path, monkeypatch):
-    file = write(tmp_path / "rows.jsonl", rows_of(100))
-    monkeypatch.setattr(cache, "workers", None)
-    assert len(load_examples(str(file), tokenizer, str(tmp_path / "cache"), num_workers=2)[0]) == 99
-
-
 # ------------------------------------------------------------------------------------------------------ killed, stopped
 
 
@@ -225,8 +219,8 @@ def test_a_killed_worker_is_told_in_one_line(start, folder, tokenizer, expected,
 @pytest.mark.parametrize("slow", ["reading", "tokenising", "tokenising, and Ctrl-C twice"])
 def test_ctrl_c_ends_all_without_a_traceback(slow, start, folder, tokenizer, tmp_path, monkeypatch):
     if slow == "reading":  # so that it comes while the workers wait
-        read_blocks = shards.read_blocks
-        monkeypatch.setattr(shards, "read_blocks", lambda file: (time.sleep(0.2) or each for each in read_blocks(file)))
+        read = formats.read_shaped
+        monkeypatch.setattr(formats, "read_shaped", lambda file: (time.sleep(0.2) or each for each in read(file)))
     else:
         slowly(monkeypatch)
     process = start(load(folder, tokenizer, tmp_path / "cache"))

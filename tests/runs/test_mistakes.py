@@ -130,12 +130,12 @@ def test_a_model_without_weights_is_one_line_and_exit_code_2(make_model, cache_d
 
 
 def test_a_disk_without_room_for_the_data_report_is_one_line(make_model, cache_dir, tmp_path, monkeypatch, capfd):
-    from sft.training import summary
+    import train_sft
 
     def fill(reports, path: Path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(summary, "write_data_report", fill)
+    monkeypatch.setattr(train_sft, "write_data_report", fill)
     flags = {"--model_name_or_path": make_model("bloom-tiny"), "--data_path": DATA, "--cache_dir": cache_dir}
     line, _ = end_of({**flags, "--output_dir": tmp_path / "output"}, monkeypatch, capfd)
     assert f"{tmp_path / 'output' / 'data_report.jsonl'} cannot be written: " in line and "No space left" in line
