@@ -271,7 +271,7 @@ def test_of_two_that_start_at_once_one_does_the_work(start, folder, tokenizer, e
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert sorted((tmp_path / name).read_text() for name in ("one", "other")) == [
         "",
-        "waiting for another process that tokenises the same rows\n",
+        "waiting for another process that is tokenising the same rows\n",
     ]
     assert set(Counter(log.read_text().splitlines()).values()) == {1}
     monkeypatch.setattr(cache, "encode_block", None)
@@ -294,7 +294,7 @@ def test_a_file_that_changes_meanwhile_is_refused(change, tokenizer, tmp_path, m
         return encode_block(encoder, number, block, shape)
 
     monkeypatch.setattr(cache, "encode_block", encode)
-    with pytest.raises(UserError, match="^a file changed while it was tokenised; start again [^\n]*$"):
+    with pytest.raises(UserError, match="^a file changed while it was being tokenised; run again [^\n]*$"):
         load_examples(str(file), tokenizer, str(cache_dir), num_workers=1)
     assert {Path(name).suffix for name in names_in(cache_dir)} == {".unfinished"}
     monkeypatch.undo()
@@ -320,7 +320,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
     assert process.wait(timeout=60) == 2
     [line] = (tmp_path / "printed").read_text().splitlines()
     said = (
-        rf"error: tokenised rows cannot be kept in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
+        rf"error: tokenised rows cannot be stored in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
     )
     assert re.match(said + "--cache_dir with room, or --streaming True", line), line
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
@@ -330,7 +330,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
 def test_a_cache_that_cannot_be_written_to_is_told_in_one_line(folder, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match="^tokenised rows cannot be kept in [^\n]*file/tokenised: .*; give a --cache_dir"
+        UserError, match="^tokenised rows cannot be stored in [^\n]*file/tokenised: .*; give a --cache_dir"
     ):
         load_examples(str(folder), tokenizer, str(tmp_path / "file"))
 

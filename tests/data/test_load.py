@@ -109,7 +109,7 @@ def test_data_without_a_row_to_train_on_is_told(tokenizer: PreTrainedTokenizerBa
     examples, report = load_examples(str(path), tokenizer, str(tmp_path / "cache"))
     assert len(examples) == report.kept == report.counts.kept == 0
     # Whatever share of refused rows is allowed.
-    assert report.what_is_wrong(1.0).startswith("has no row to train on")
+    assert report.what_is_wrong(1.0).startswith("has no rows to train on")
 
 
 def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
@@ -119,10 +119,10 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
         examples, report = load_examples(str(path), tokenizer, str(tmp_path / "cache"))
         assert len(examples) == 1
         [entry] = report.refused(20)
-        assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: not JSON")
+        assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: invalid JSON")
         assert report.what_is_wrong(0.5) is None
         assert report.what_is_wrong(0.49) == (
-            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; mend them, or allow more"
+            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; fix them, or allow more"
         )
 
 
