@@ -1,7 +1,7 @@
-"""Tokenised rows on the disk: made once a host by every core, as one Arrow file in bounded memory, and found again.
+"""Tokenised rows on disk: made once per host by all cores, in bounded memory, as one Arrow file that later runs find.
 
-A row of the file is one instruction row, or as many turns of one conversation as fit into a row of tokens: "input_ids"
-of its examples end to end, and "lengths", the tokens of each example's prompt and answer by turns.
+A row of that file is one task, or as many turns of one conversation as fit into --model_max_length: "input_ids" of its
+examples end to end, and "lengths", the number of tokens in each example's prompt and answer in turn.
 """
 
 import gc
@@ -37,25 +37,25 @@ SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "lengths": pa.list_(pa.int32()),
-        "length": pa.int32(),  # tokens of the row
-        "labelled": pa.int32(),  # those of them that are trained
+        "length": pa.int32(),  # number of tokens
+        "labelled": pa.int32(),  # number of them that are trained on
         "file": pa.int32(),  # the shard, in the order of `find_shards`
         "row": pa.int64(),  # its line or index in the shard
         "digest": pa.binary(16),  # equal for rows of equal text
     }
 )
-ALONE_BYTES = 2 * 2**20  # shards that are tokenised sooner than processes start
+ALONE_BYTES = 2 * 2**20  # smaller data is tokenised faster than processes start
 
 
 @dataclass
 class Counts:
-    """What was read: `rows` = `kept` + `refused`, `cut` of those kept; bytes of all shards, and of what broke off."""
+    """What was read: `rows` = `kept` + `refused`; `cut` are among the kept; bytes of all files, and unread ones."""
 
     rows: int = 0
     kept: int = 0
     refused: int = 0
     cut: int = 0
-    conversations: int = 0  # those kept that have several replies
+    conversations: int = 0  # kept ones with several replies
     num_bytes: int = 0
     unread_bytes: int = 0
     files: list[dict[str, str]] = field(default_factory=list)  # "file", "form", "encoding" and "shape" of each
@@ -63,7 +63,7 @@ class Counts:
 
 @dataclass
 class Encoded:
-    """A block, tokenised: a record batch, what is noted of its rows, and how many they are."""
+    """A tokenised block: a record batch, the notes on its rows, and their numbers."""
 
     batch: pa.RecordBatch
     notes: list[dict[str, str]]
@@ -79,10 +79,10 @@ def tokenised(
     cache_dir: str | None = None,
     num_workers: int | None = None,
 ) -> Path:
-    """Return the folder of the tokenised rows of `files` under `cache_dir`; make it if it is not there.
+    """Return the folder under `cache_dir` with the tokenised rows of `files`; make it if it does not exist.
 
-    It is found by files, tokenizer, length and this code. Processes that start together wait for the one that makes
-    it, under another name, so that a killed one leaves nothing that would be taken for whole.
+    Its name is a hash of files, tokenizer, length and this code. Of processes that start together one makes it and the
+    others wait. It is written under another name first, so that a killed process never leaves half of one.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "tokenised", fingerprint(files, tokenizer))
     try:
@@ -95,15 +95,15 @@ def tokenised(
                 before = state_of(files)
                 write(unfinished, files, Encoder(tokenizer), num_workers or num_cores())
                 if state_of(files) != before:
-                    raise UserError("a file changed while it was tokenised; start again when nothing writes to it")
+                    raise UserError("a file changed while it was being tokenised; run again once nothing writes to it")
                 for file in unfinished.iterdir():
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
                 unfinished.rename(folder)
     except OSError as error:
         raise UserError(
-            f"tokenised rows cannot be kept in {folder.parent}: {one_line(error)}; give a --cache_dir with room, "
-            "or --streaming True, which keeps none"
+            f"tokenised rows cannot be stored in {folder.parent}: {one_line(error)}; give a --cache_dir with room, "
+            "or use --streaming True, which stores none"
         ) from None
     return folder
 
@@ -114,18 +114,18 @@ def num_cores() -> int:
 
 
 def _locked(path: Path) -> FileLock:
-    """Return a lock, taken; say so once if another process has to be waited for."""
+    """Return the lock once it is acquired; say so if that means waiting for another process."""
     lock = FileLock(path)
     try:
         return lock.acquire(timeout=0)
     except Timeout:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("waiting for another process that tokenises the same rows", flush=True)
+            print("waiting for another process that is tokenising the same rows", flush=True)
         return lock.acquire()
 
 
 def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 32 hexadecimal digits that change with the files' state, the tokenizer and the code that reads them."""
+    """Return 32 hexadecimal digits that change with the files, the tokenizer and the code that reads them."""
     hashed = hashlib.sha256(state_of(files).encode(errors="backslashreplace"))
     for module in (
         __file__,
@@ -148,13 +148,13 @@ def state_of(files: Sequence[Path]) -> str:
         try:
             state = file.stat()
             lines.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}")
-        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or in a circle
+        except (OSError, RuntimeError) as error:  # a broken or circular link
             lines.append(f"{file} {error}")
     return "\n".join(lines)
 
 
 def lengths_of(examples: datasets.Dataset, name: str = "length") -> np.ndarray:
-    """Return a column of numbers, by default the tokens of each row, (R,)."""
+    """Return a numeric column, by default the number of tokens in each of the R rows, (R,)."""
     return np.asarray(examples.with_format("numpy")[name][:])
 
 
@@ -162,7 +162,7 @@ def lengths_of(examples: datasets.Dataset, name: str = "length") -> np.ndarray:
 
 
 def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: int) -> None:
-    """Tokenise `files` by so many processes and write rows, notes and counts into `folder`, in the files' order."""
+    """Tokenise `files` in `num_workers` processes and write rows, notes and counts into `folder`, in file order."""
     sizes = list(map(shards.size_of, files))
     counts = Counts(num_bytes=sum(sizes))
     alone = num_workers < 2 or counts.num_bytes < ALONE_BYTES
@@ -187,19 +187,19 @@ def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: in
                 notes.write(json.dumps(note, ensure_ascii=False) + "\n")
             bar.update(before[number] + position - bar.n)
     counts.kept = counts.rows - counts.refused
-    # In ASCII, since a file's name need not be UTF-8.
+    # As ASCII, since a file name may not be valid UTF-8.
     (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
 
 
 def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block, Shape | None]]:
-    """Yield every block of all files with its file's number and shape, which the first rows tell; note the files."""
+    """Yield every block of all files with its file's number and shape; list the files in `counts`."""
     for number, file in enumerate(files):
-        shape, noted = None, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
+        is_noted, noted = False, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
         counts.files.append(noted)
-        for block in shards.read_blocks(file):
-            if shape is None:  # the first block may hold no row
-                shape = formats.find_shape(block)
+        for block, shape in formats.read_shaped(file):
+            if not is_noted:
                 noted |= {"form": block.form, "encoding": block.encoding, "shape": shape.name if shape else "unknown"}
+                is_noted = shape is not None  # the first block may hold no row
             yield number, block, shape
 
 
@@ -211,7 +211,7 @@ def _encode_here(files: Sequence[Path], encoder: Encoder, counts: Counts) -> Ite
 def _encode_apart(
     files: Sequence[Path], encoder: Encoder, counts: Counts, num_workers: int
 ) -> Iterator[tuple[int, int, Encoded]]:
-    """Encode blocks in worker processes, a few blocks ahead of what is written, and yield them in their order."""
+    """Encode blocks in worker processes, a few blocks ahead of the writing, and yield them in order."""
     waiting: deque[tuple[int, Block, Shape | None, Future]] = deque()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core's
@@ -225,7 +225,7 @@ def _encode_apart(
                 yield _result(encoder, *waiting.popleft())
     except KilledWorkerError:
         raise UserError(
-            f"one of {num_workers} tokenising processes was killed, most often because memory ran out; give fewer with "
+            f"one of {num_workers} tokenising processes was killed, most likely because memory ran out; use fewer with "
             "--preprocessing_num_workers"
         ) from None
     finally:
@@ -239,7 +239,7 @@ def _result(
 ) -> tuple[int, int, Encoded]:
     try:
         return number, block.position, future.result()
-    except RecursionError:  # values so deep that no other process can be sent them
+    except RecursionError:  # values nested too deeply to be sent to a process
         return number, block.position, encode_block(encoder, number, block, shape)
 
 
@@ -248,7 +248,7 @@ def _result(
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Pause the collector of reference cycles: it would go through all of torch again and again, half of the time."""
+    """Pause garbage collection, which would scan all of torch again and again and take half of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -264,7 +264,7 @@ def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None)
     found = list(formats.rows_of(block, shape))
     kept = [(number, row) for number, row in found if isinstance(row, Row)]
     refused = [(number, row) for number, row in found if isinstance(row, Refused)]
-    notes = [(number, {"place": row.place, "note": f"refused: {row.reason}"}) for number, row in refused]
+    notes = [(number, {"place": each.place, "note": f"refused: {each.reason}"}) for number, each in refused]
     records = []
     for (number, row), examples in zip(kept, encoder.encode([row for _, row in kept]), strict=True):
         records += _records(row, examples, encoder.max_length, file, number)
@@ -277,12 +277,12 @@ def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None)
         num_rows=len(found),
         num_refused=len(refused),
         num_conversations=sum(bool(row.history) for _, row in kept),
-        unread_bytes=sum(row.num_bytes for _, row in refused),
+        unread_bytes=sum(each.num_bytes for _, each in refused),
     )
 
 
 def _records(row: Row, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
-    """Yield the rows of the Arrow file that a row is: one, or more if its examples together are too long."""
+    """Yield the Arrow rows of one row: several if its examples do not fit into one."""
     text = json.dumps([row.system, row.history, row.instruction, row.input, row.output], ensure_ascii=False)
     for part, together in enumerate(encode.group(examples, max_length)):
         lengths = [len(ids) for example in together for ids in (example.prompt, example.answer)]

@@ -1,4 +1,4 @@
-"""Rows to token ids: prompt and answer apart, each text once, the template's own text once for all rows."""
+"""Samples to token ids: prompts and answers separately, each text once, the template's own text once for all."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,17 @@ from sft.program import UserError
 
 try:
     import fastokens
-except ImportError:  # no build for this machine
+except ImportError:  # not built for this machine
     fastokens = None
 
-# What a user's text may begin and end with, of every kind that pre-tokenizers tell apart.
+# What a user's text may begin and end with: one of each kind that pre-tokenizers distinguish.
 PROBES = (*"aZ7你é😀#:。？,_\n \t\u3000\u0301\0", "'s", "\r\n")
-JOINS_MERGE = 2  # tokens at most that two texts of a conversation may lose where they meet
+JOINS_MERGE = 2  # tokens that two texts of a conversation may lose at most where they meet
 
 
 @dataclass(slots=True)
 class Example:
-    """The token ids of a prompt and of its answer, eos included unless it was cut; `note` says what was cut."""
+    """The token ids of a prompt and its answer, with eos unless that was cut; `note` says what was cut."""
 
     prompt: list[int]
     answer: list[int]
@@ -35,20 +35,20 @@ class Example:
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if `tokenizer.model_max_length` has no room for an answer behind the empty prompt."""
+    """Raise UserError if `tokenizer.model_max_length` has no room for an answer after the empty prompt."""
     template = len(tokenizer(prompts.build_prompt("-", "-"), verbose=False).input_ids)
     if tokenizer.model_max_length < template + 2:
         raise UserError(
-            f"--model_max_length {tokenizer.model_max_length} is too short: the prompt's own text is {template} "
+            f"--model_max_length {tokenizer.model_max_length} is too short: the prompt template alone takes {template} "
             f"tokens and an answer needs at least 2 more; give at least {template + 2}"
         )
 
 
 class Encoder:
-    """Tokenises rows as `tokenizer` does, each reply behind the prompt that the chat would ask for it with.
+    """Tokenises samples as `tokenizer` does, each reply after the prompt that the chat would use to ask for it.
 
-    Prompt and answer are tokenised apart: an inference prompt has no answer behind it, and BLOOM's pre-tokenizer
-    would otherwise merge ":" with the answer's first characters into tokens that inference never sees.
+    Prompt and answer are tokenised separately: BLOOM's pre-tokenizer would otherwise merge ":" with the answer's first
+    characters into tokens that never occur in inference, where no answer follows the prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -66,7 +66,7 @@ class Encoder:
             self.template_ids = {text: self.backend.encode(text, add_special_tokens=False).ids for text in both}
 
     def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
-        """Return the examples of each row, one for each of its replies, each of at most `max_length` tokens."""
+        """Return the examples of each sample, one per reply, each of at most `max_length` tokens."""
         turns, owners = [], []
         firsts = self._first_turns(rows)
         for number, row in enumerate(rows):
@@ -87,7 +87,7 @@ class Encoder:
         return examples
 
     def __reduce__(self) -> tuple:
-        """Let another process make its own, where it is not a copy of this one."""
+        """Let a process that is not a fork build its own."""
         return Encoder, (self.tokenizer,)
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
@@ -101,7 +101,7 @@ class Encoder:
         return encoded
 
     def _encode_prompts(self, turns: Sequence[tuple[str, str, str]]) -> list[list[int]]:
-        """Return the ids of each turn's prompt; only the user's text is tokenised where that is exact."""
+        """Return the ids of each turn's prompt; where that is exact, only the user's text is tokenised."""
         if not self.template_ids:
             texts = [prompts.build_prompt(instruction, input) for instruction, input, _ in turns]
             return self.tokenizer(texts, verbose=False).input_ids if texts else []
@@ -117,9 +117,9 @@ class Encoder:
         return encoded
 
     def _first_turns(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return for each row and each of its replies the first turn of the history that may fit before it.
+        """Return, for each sample and each of its replies, the first turn of the history that may fit before it.
 
-        Texts are counted apart, so that a conversation of a thousand turns is not tokenised a thousand times whole.
+        Each text is counted once, so that a conversation of a thousand turns is not tokenised a thousand times.
         """
         with_history = [row for row in rows if row.history]
         texts = [prompts.write_turn(turn) for row in with_history for turn in row.history]
@@ -136,9 +136,9 @@ class Encoder:
         return firsts
 
     def encode_prompt(self, row: Row, num_new_tokens: int) -> tuple[list[int], int, int]:
-        """Return the prompt for a reply of `num_new_tokens` to a row's last question, shortened as in training.
+        """Return the prompt for a reply of `num_new_tokens` to a sample's last question, shortened as in training.
 
-        With it come the number of oldest turns and the number of the question's tokens that are left out of it.
+        Also returns how many of the oldest turns and how many of the question's tokens were left out.
         """
         last = len(row.history)
         room = [self.eos] * num_new_tokens
@@ -151,11 +151,11 @@ class Encoder:
         return prompt, last, len(whole) - len(prompt)
 
     def _first_fitting(self, row: Row, first: int, last: int, answer: list[int]) -> int:
-        """Return the first turn, from `first` on, whose history fits before an answer; `last + 1` if none does."""
+        """Return the first turn from which the history fits before an answer, `first` or later; `last + 1` if none."""
         return bisect_left(range(last + 1), True, first, key=lambda start: self._fits(row, start, last, answer))
 
     def _shorten(self, row: Row, first: int, last: int, answer: list[int]) -> Example:
-        """Fit a turn and its answer into `max_length` tokens: the oldest turns go whole, then the user's text, then
+        """Fit a turn and its answer into `max_length` tokens: drop the oldest turns, then shorten the user's text, then
         the answer's end."""
         fitting = self._first_fitting(row, first + 1, last, answer)
         if fitting <= last:
@@ -176,9 +176,9 @@ class Encoder:
 
 
 def faster_backend(tokenizer: PreTrainedTokenizerBase) -> "fastokens.Tokenizer | None":
-    """Return the same tokenizer in fastokens, several times as fast; None where that does not know its parts.
+    """Return the same tokenizer in fastokens, several times as fast; None if that does not support its parts.
 
-    It knows BLOOM's, not Falcon's pre-tokenizer (https://github.com/crusoecloud/fastokens).
+    It supports BLOOM's pre-tokenizer, not Falcon's (https://github.com/crusoecloud/fastokens).
     """
     if fastokens is None:
         return None
@@ -189,12 +189,12 @@ def faster_backend(tokenizer: PreTrainedTokenizerBase) -> "fastokens.Tokenizer |
 
 
 def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the template's own text can be tokenised once for all rows.
+    """Tell whether the template's own text can be tokenised once for all samples.
 
-    No token reaches over a cut of the pre-tokenizer, so that is exact if it makes the same pieces of the parts of
-    `prompts.split_prompt` as of the whole, whatever a user's text begins and ends with, and nothing rewrites the text
-    before it. BLOOM's and Falcon's do, since the parts meet at ":" and a line end, and at a line end and "#"; GPT-2's
-    looks ahead from a line end.
+    No token crosses a boundary of the pre-tokenizer, so this is exact if the pre-tokenizer splits the parts of
+    `prompts.split_prompt` into the same pieces as the whole, whatever a user's text begins and ends with, and no
+    normalizer rewrites the text first. BLOOM's and Falcon's do, since the parts meet at ":" and a line end, and at a
+    line end and "#"; GPT-2's does not, since it looks ahead from a line end.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None or backend.pre_tokenizer is None:
@@ -210,7 +210,7 @@ def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _turn(row: Row, first: int, last: int) -> tuple[str, str, str]:
-    """Return (instruction, input, output) of reply `last` of a row, its history from turn `first` on."""
+    """Return (instruction, input, output) of reply `last` of a sample, with its history from turn `first` on."""
     if last < len(row.history):
         question, reply = row.history[last]
         return prompts.chat_instruction(row.system, row.history[first:last], question), "", reply
@@ -226,8 +226,8 @@ def join(
 ) -> Example:
     """Join a prompt and its answer (eos included) into at most `max_length` tokens.
 
-    Where both do not fit, the user's text in the prompt is shortened first, each of `spans` (characters; tokens by
-    `offsets`) from its left end and the template kept whole; then the answer from its right end, losing its eos.
+    If they do not fit, the user's text in the prompt is shortened first: each of `spans` (in characters; `offsets` maps
+    tokens to them) from its left end, with the template kept whole. Then the answer loses its end, with its eos.
     """
     excess = len(prompt) + len(answer) - max_length
     if excess <= 0:
@@ -242,9 +242,9 @@ def join(
 
 
 def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], excess: int) -> list[int]:
-    """Return the prompt with about `excess` tokens fewer, never fewer than the template's own.
+    """Return the prompt with about `excess` tokens removed, never any of the template's own.
 
-    A character whose bytes are several tokens goes as a whole, so a few more tokens may go.
+    A character of several tokens is removed whole, so a few more tokens may go.
     """
     removed: set[int] = set()
     for start, end in spans:
@@ -258,7 +258,7 @@ def shorten(prompt: list[int], offsets: list[tuple[int, int]], spans: list[tuple
 
 
 def group(examples: Sequence[Example], max_length: int) -> Iterator[list[Example]]:
-    """Yield a row's examples in groups of at most `max_length` tokens, in their order."""
+    """Yield a sample's examples, in order, in groups of at most `max_length` tokens."""
     together: list[Example] = []
     length = 0
     for example in examples:
@@ -271,7 +271,7 @@ def group(examples: Sequence[Example], max_length: int) -> Iterator[list[Example
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
-    """Yield one example a reply: `input_ids` and `labels`, lists of one length, "length", "place" and "note"."""
+    """Yield one example per reply: `input_ids` and `labels`, lists of one length, "length", "place" and "note"."""
     for row, examples in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
         for example in examples:
             yield {

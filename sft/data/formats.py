@@ -1,4 +1,4 @@
-"""Rows: what is asked and answered, taken out of the values that shards hold, in any of the common shapes."""
+"""Samples: questions and answers, taken from records in any of the common shapes."""
 
 import re
 from collections import Counter
@@ -13,15 +13,15 @@ from sft.data.shards import SHAPE, Block, Refused, place_of, read_blocks, record
 from sft.program import UserError
 from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 
-NUM_SAMPLED = 100  # rows with a shape, at the beginning of a file, that tell its own
-MAX_CHARACTERS = 1_000_000  # of a prompt or an answer, some hundred times what a model reads
+NUM_SAMPLED = 100  # first records with a known shape, which decide the file's shape
+MAX_CHARACTERS = 1_000_000  # in a prompt or an answer, some hundred times what a model reads
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
     "system": "system",
 }
-BRIEF = Repr()  # of values of any size and depth
+BRIEF = Repr()  # shortens values of any size and depth
 BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
 
 
@@ -29,8 +29,8 @@ BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
 class Row:
     """One task, or one conversation whose last question and reply are `instruction` and `output`.
 
-    `place` is where it was read from, "file:line" or "file[index]"; `system` ends in a newline if there is one; `note`
-    says what was left out.
+    `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; `note`
+    says what was omitted.
     """
 
     instruction: str
@@ -48,7 +48,7 @@ class Row:
 
 
 class _RefusedError(Exception):
-    """A value is no row; the message says why."""
+    """A record is not a valid sample; the message says why."""
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -64,23 +64,23 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Return the keys."""
+        """Return the keys, for people."""
         return "/".join(filter(None, (self.instruction, self.input, self.output)))
 
     @property
     def keys(self) -> set[str]:
-        """Return the keys of a record that are read."""
+        """Return the keys that this shape reads."""
         return set(filter(None, (self.instruction, self.input, self.output)))
 
     def fits(self, record: dict) -> bool:
-        """Tell whether a record has the keys that no row can do without."""
+        """Tell whether a record has both required keys."""
         return self.instruction in record and self.output in record
 
     def read(self, record: dict, place: str) -> Row:
-        """Return the row; a null or missing input, system or history is empty."""
+        """Return the sample of a record; a null or missing input, system or history counts as empty."""
         for key in (self.instruction, self.output):
             if key not in record:
-                raise _RefusedError(f'no "{key}", as the first rows of the file have, only {_keys(record)}')
+                raise _RefusedError(f'no "{key}", which the first rows of the file have; found {_keys(record)}')
         instruction, output = (_text(record[key], key) for key in (self.instruction, self.output))
         input = _text_or_none(record, self.input) if self.input else ""
         system = _text_or_none(record, "system")
@@ -91,14 +91,14 @@ class Pair:
             raise _RefusedError(f'the "{self.output}" is empty')
         if not (input or history or system):
             history, instruction = split_history(instruction)
-        if input and (history or system):  # the templates have a place for an input in a task alone
+        if input and (history or system):  # only the template of a single task has a place for an input
             instruction, input = f"{instruction}\n{input}", ""
         return Row(instruction, input, output, place, history, f"{system}\n" if system else "")
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A shape with a list of turns, each with a key for who speaks and one for what is said."""
+    """A shape with a list of turns, each with a key for the speaker and one for the text."""
 
     turns: str
     role: str
@@ -106,49 +106,53 @@ class Turns:
 
     @property
     def name(self) -> str:
-        """Return the keys."""
+        """Return the keys, for people."""
         return f"{self.turns} of {self.role}/{self.content}"
 
     @property
     def keys(self) -> set[str]:
-        """Return the keys of a record that are read."""
+        """Return the keys that this shape reads."""
         return {self.turns}
 
     def fits(self, record: dict) -> bool:
-        """Tell whether a record has turns, the first of them with both keys."""
+        """Tell whether a record has turns, the first of them with a speaker."""
         turns = record.get(self.turns)
         return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and self.role in turns[0]
 
     def read(self, record: dict, place: str) -> Row:
-        """Return the row: at most one system turn first, then questions and replies by turns."""
+        """Return the sample of a record: an optional system turn, then alternating questions and replies."""
         if not isinstance(turns := record.get(self.turns), list):
-            raise _RefusedError(f'no list of "{self.turns}", as the first rows of the file have, only {_keys(record)}')
+            raise _RefusedError(f'no "{self.turns}" list, which the first rows of the file have; found {_keys(record)}')
         said = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
-        system, note = "", ""
-        if said and said[0][0] == "system":
-            system = f"{said.pop(0)[1]}\n"
-        roles = [role for role, _ in said]
-        if said and said[-1][0] == "user":
-            said.pop()
-            note = "cut: the last turn, a question without a reply"
-        if roles[: len(said)] != ["user", "assistant"] * (len(said) // 2) or not said:
-            order = BRIEF.repr(roles) if said else "nothing that is answered"
-            raise _RefusedError(f"turns must alternate between user and assistant, user first; they are {order}")
-        texts = [text for _, text in said]
-        if not all(text.strip() for text in texts):
-            raise _RefusedError("a turn is empty")
-        pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
-        return Row(pairs[-1][0], "", pairs[-1][1], place, pairs[:-1], system, note)
+        system = f"{said.pop(0)[1]}\n" if said and said[0][0] == "system" else ""
+        is_open = bool(said) and said[-1][0] == "user"
+        *history, (question, reply) = _alternating(said, len(said) - is_open)
+        note = "cut: the last turn, a question without a reply" if is_open else ""
+        return Row(question, "", reply, place, tuple(history), system, note)
 
     def _turn(self, turn: object, number: int) -> tuple[str, str]:
         if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
-            raise _RefusedError(f'turn {number} has not "{self.role}" and "{self.content}", it is {BRIEF.repr(turn)}')
+            raise _RefusedError(f'turn {number} lacks "{self.role}" or "{self.content}": {BRIEF.repr(turn)}')
         if isinstance(turn, RepeatedKeys):
-            raise _RefusedError(f"turn {number} has a key twice")
+            raise _RefusedError(f"turn {number} repeats a key")
         role = turn[self.role]
         if not isinstance(role, str) or role.lower() not in ROLES:
-            raise _RefusedError(f'turn {number} is of {BRIEF.repr(role)}; expected "user", "assistant" or "system"')
+            raise _RefusedError(
+                f'turn {number} has the role {BRIEF.repr(role)}; expected "user", "assistant" or "system"'
+            )
         return ROLES[role.lower()], _text(turn[self.content], f"{self.content} of turn {number}")
+
+
+def _alternating(said: list[tuple[str, str]], number: int) -> list[tuple[str, str]]:
+    """Return the first `number` turns, of role and text, as pairs of a question and its reply."""
+    roles = [role for role, _ in said]
+    if not number or roles[:number] != ["user", "assistant"] * (number // 2):
+        order = BRIEF.repr(roles) if number else "no question with a reply"
+        raise _RefusedError(f"turns must alternate between user and assistant, user first; found {order}")
+    texts = [text for _, text in said[:number]]
+    if not all(text.strip() for text in texts):
+        raise _RefusedError("a turn is empty")
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 SHAPES = (
@@ -170,36 +174,36 @@ SHAPES = (
     Pair("input", "output"),
 )
 Shape = Pair | Turns
-# Shapes that read all that another reads, and more: a row of theirs would lose it.
+# Shapes that read all keys of another and more, which a record of theirs would lose if read as the other.
 FULLER = {shape: [other for other in SHAPES if shape.keys < other.keys] for shape in SHAPES}
 
 
 def find_shape(block: Block) -> Shape | None:
-    """Return the shape that most of the first rows with any shape have, None if no row of the block has one."""
+    """Return the commonest shape of the first records that have a known one; None if no record of the block has."""
     records = (value for _, value in records_of(block) if isinstance(value, dict))
     counted = Counter(chain.from_iterable(islice(filter(None, map(_shapes_of, records)), NUM_SAMPLED)))
     return max(SHAPES, key=counted.__getitem__) if counted else None
 
 
 def _shapes_of(record: dict) -> list[Shape]:
-    """Return the shapes that a record has; not one that leaves out what another reads, such as the instruction."""
+    """Return the shapes that a record has, without those that ignore a key that another reads."""
     fitting = [shape for shape in SHAPES if shape.fits(record)]
     return [shape for shape in fitting if not any(other in fitting for other in FULLER[shape])]
 
 
 def to_row(value: object, shape: Shape | None, place: str) -> Row | Refused:
-    """Return the row that a shard's value is, or why it is none."""
+    """Return a record as a sample, or why it is not one."""
     if isinstance(value, Refused):
         return value
     try:
         if not isinstance(value, dict):
             raise _RefusedError(f"a JSON {type(value).__name__}; expected an object")
         if isinstance(value, RepeatedKeys):
-            raise _RefusedError(f"a key stands twice among {_keys(value)}")
+            raise _RefusedError(f"a key appears twice among {_keys(value)}")
         if shape is None:
-            raise _RefusedError(f"of no known shape, with {_keys(value)}; expected such as {SHAPE}")
+            raise _RefusedError(f"of no known shape, with {_keys(value)}; expected keys such as {SHAPE}")
         if fuller := next((other for other in FULLER[shape] if other.fits(value)), None):
-            raise _RefusedError(f"of the shape {fuller.name}, and the first rows of the file have only {shape.name}")
+            raise _RefusedError(f"of the shape {fuller.name}, but the first rows of the file are of {shape.name}")
         return shape.read(value, place)
     except _RefusedError as error:
         return Refused(place, str(error))
@@ -209,12 +213,12 @@ def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise _RefusedError(f'"{name}" is {BRIEF.repr(value)}; expected a string')
     if len(value) > MAX_CHARACTERS:
-        raise _RefusedError(f'"{name}" has {len(value):,} characters, too long by far; at most {MAX_CHARACTERS:,}')
+        raise _RefusedError(f'"{name}" has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed')
     try:
         value.encode()
     except UnicodeEncodeError as error:
         broken = value[error.start]
-        raise _RefusedError(f'"{name}" holds {broken!a}, half a character or a byte that is not UTF-8') from None
+        raise _RefusedError(f'"{name}" contains {broken!a}, a broken character or a byte that is not UTF-8') from None
     return value
 
 
@@ -223,14 +227,14 @@ def _text_or_none(record: dict, key: str) -> str:
 
 
 def _pairs(history: object) -> tuple[tuple[str, str], ...]:
-    """Return the earlier turns of a row, a list of [question, reply]."""
+    """Return the earlier turns of a record, given as a list of [question, reply]."""
     if not history:
         return ()
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise _RefusedError(f'"history" is {BRIEF.repr(history)}; expected a list of [question, reply]')
     pairs = tuple((_text(question, "history"), _text(reply, "history")) for question, reply in history)
     if not all(text.strip() for pair in pairs for text in pair):
-        raise _RefusedError('a turn of the "history" is empty')
+        raise _RefusedError('a turn in the "history" is empty')
     return pairs
 
 
@@ -241,8 +245,8 @@ def _keys(record: dict) -> str:
 def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
     """Split a `Human:` / `Assistant:` history, as in multiturn_chat_0.8M, into earlier turns and the last question.
 
-    The names must begin their lines, alternate, and leave the last reply open, so that of two turns or
-    more `chat_instruction` gives the same text again; any other text is a question as it is.
+    The names must begin their lines, alternate, and leave the last reply open, so that `chat_instruction` restores the
+    same text from two turns or more; any other text is one question.
     """
     _, *parts = TURN.split(instruction) if instruction.startswith(HUMAN) else ("",)
     names, texts = parts[::2], parts[1::2]
@@ -257,8 +261,16 @@ def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def read_shaped(shard: Path) -> Iterator[tuple[Block, Shape | None]]:
+    """Yield the blocks of a shard, each with the shape that the first records decide; None until one has a shape."""
+    shape = None
+    for block in read_blocks(shard):
+        shape = shape or find_shape(block)
+        yield block, shape
+
+
 def rows_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Row | Refused]]:
-    """Yield the line or index of each row of a block and what it is, then the fault that ends it, if any."""
+    """Yield the line or index of each record of a block and its sample, then the fault that ends it, if any."""
     for number, value in records_of(block):
         yield number, to_row(value, shape, place_of(block.shard, block.form, number))
     if block.fault:
@@ -266,17 +278,15 @@ def rows_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Row | Refu
 
 
 def read_all(shard: Path) -> Iterator[Row | Refused]:
-    """Yield each row of a shard, in its order, or why it is refused."""
-    shape = None
-    for block in read_blocks(shard):
-        shape = shape or find_shape(block)
+    """Yield each sample of a shard, in file order, or why it is refused."""
+    for block, shape in read_shaped(shard):
         for _, row in rows_of(block, shape):
             yield row
 
 
 def read_rows(shard: Path) -> Iterator[Row]:
-    """Yield the rows of a shard; raise UserError on the first that is refused."""
+    """Yield the samples of a shard; raise UserError on the first that is refused."""
     for row in read_all(shard):
         if isinstance(row, Refused):
-            raise UserError(f"{row.place}: {row.reason}; mend or remove it")
+            raise UserError(f"{row.place}: {row.reason}; fix or remove it")
         yield row

@@ -1,4 +1,4 @@
-"""JSON out of a stream of bytes in any encoding, one value at a time, however many there are."""
+"""JSON values read one at a time from a stream of bytes in any encoding, however many there are."""
 
 import codecs
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from sft.program import one_line
 
-SAMPLE_BYTES = 256 * 2**10  # of a file, to tell its encoding, and read at a time
+SAMPLE_BYTES = 256 * 2**10  # read at a time, and to detect a file's encoding
 MAX_ROW_BYTES = 64 * 2**20
 # What reading a broken file raises: gzip, zlib, UTF-16.
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
@@ -17,16 +17,16 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
 
 
 class BrokenError(Exception):
-    """A file behind some row is not what it was before it."""
+    """A file cannot be read beyond some record."""
 
     def __init__(self, reason: str, num_bytes: int = 0):
-        """Say what is wrong, before so many bytes that were decoded and are not understood."""
+        """Say what is wrong; `num_bytes` were decoded and not understood."""
         super().__init__(reason)
         self.num_bytes = num_bytes
 
 
 class RepeatedKeys(dict):
-    """A JSON object in which a key stands twice, so that one of its values would be lost."""
+    """A JSON object that repeats a key, so that one of its values would be lost."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -35,23 +35,23 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) < 4300 else float(digits)  # above, Python refuses
+    return int(digits) if len(digits) < 4300 else float(digits)  # Python refuses longer ones
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 class _Text:
-    """A text that is decoded piece by piece, and the place in it up to which it is understood."""
+    """A text decoded piece by piece, and the position up to which it is parsed."""
 
     def __init__(self, stream: io.BufferedIOBase, encoding: str):
         self.encoding, self.errors = encoding, "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
         self.stream, self.decoder = stream, codecs.getincrementaldecoder(encoding)(self.errors)
         self.text, self.position, self.at_end = "", 0, False
-        self.fault: Exception | None = None  # of the stream, told when what came before it is understood
+        self.fault: Exception | None = None  # of the stream, raised once everything before it is parsed
 
     def more(self) -> bool:
-        """Read as much again as is not understood yet, so that a long value is tried few times."""
+        """Read as much again as is not parsed yet, so that a long value is tried only a few times."""
         pieces, wanted = [self.text[self.position :]], max(SAMPLE_BYTES, len(self.text) - self.position)
         try:
             while wanted > 0 and not self.at_end:
@@ -63,11 +63,11 @@ class _Text:
             self.fault, self.at_end = error, True
         self.text, self.position = "".join(pieces), 0
         if self.fault and len(self.text) == len(pieces[0]):
-            raise self.broken(f"cannot be read on ({one_line(self.fault)})")
+            raise self.broken(f"reading failed ({one_line(self.fault)})")
         return len(self.text) > len(pieces[0])
 
     def peek(self) -> str:
-        """Return the next character that is no space, "" at the end."""
+        """Return the next character that is not whitespace, "" at the end."""
         while True:
             self.position = WHITESPACE.match(self.text, self.position).end()
             if self.position < len(self.text):
@@ -82,17 +82,19 @@ class _Text:
             start = self.position
             try:
                 value, end = DECODER.raw_decode(self.text, start)
-                if end < len(self.text) or not isinstance(value, int | float) or not self.more():  # it may go on
+                if (
+                    end < len(self.text) or not isinstance(value, int | float) or not self.more()
+                ):  # a number may continue
                     self.position += end - start
                     return value, end - start
             except RecursionError:
                 raise self.broken("an element is nested too deeply") from None
             except ValueError as error:
                 if len(self.text) - start > MAX_ROW_BYTES or not self.more():
-                    raise self.broken(f"not JSON from here on ({reason_of(error)})") from None
+                    raise self.broken(f"invalid JSON from here on ({reason_of(error)})") from None
 
     def broken(self, reason: str) -> BrokenError:
-        """Return the fault that stands here."""
+        """Return the error for a fault at the current position."""
         return BrokenError(reason, len(self.text[self.position :].encode(self.encoding, self.errors)))
 
 
@@ -111,14 +113,14 @@ def values_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[t
         text.position += 1
         yield text.value()
     if text.peek() != "]":
-        raise text.broken("expected , or ] behind an element")
+        raise text.broken("expected , or ] after an element")
     text.position += 1
     if text.peek():
-        raise text.broken("something stands behind the closing ]")
+        raise text.broken("more text follows the closing ]")
 
 
 def spans_lines(text: str) -> bool:
-    """Tell whether a text begins with a JSON object of more than one line, or with several on one line."""
+    """Tell whether a text begins with a JSON object that spans lines, or with several on one line."""
     line = text.partition("\n")[0]
     if not line.startswith("{") or _is_json(line):
         return False
@@ -126,7 +128,7 @@ def spans_lines(text: str) -> bool:
         _, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return False
-    return end > len(line) or line[end:].lstrip().startswith("{")  # anything else behind it spoils this line alone
+    return end > len(line) or line[end:].lstrip().startswith("{")  # anything else after it spoils only this line
 
 
 def _is_json(text: str) -> bool:
@@ -138,21 +140,21 @@ def _is_json(text: str) -> bool:
 
 
 def read_some(stream: io.BufferedIOBase) -> bytes:
-    """Return the next bytes of a stream, as many as are sampled if there are, none where it breaks off."""
+    """Return up to SAMPLE_BYTES of a stream, or what can be read of them."""
     pieces, wanted = [], SAMPLE_BYTES
     try:
         while wanted > 0 and (data := stream.read1(wanted)):
             pieces.append(data)
             wanted -= len(data)
     except READ_ERRORS:
-        pass  # who reads on meets it again
+        pass  # the next read raises it again
     return b"".join(pieces)
 
 
 def guess_encoding(stream: io.BufferedIOBase, sample: bytes) -> str:
-    """Return "gb18030" if the text from its first byte beyond ASCII on is that rather than UTF-8.
+    """Return "gb18030" if the text from its first non-ASCII byte on is that rather than UTF-8, else "utf-8".
 
-    A UTF-8 file with a few broken bytes is still UTF-8, though GB18030 might decode it, into nonsense.
+    A UTF-8 file with a few broken bytes is still UTF-8, although GB18030 may decode it, into nonsense.
     """
     while sample.isascii():
         sample = read_some(stream)
@@ -171,5 +173,5 @@ def guess_encoding(stream: io.BufferedIOBase, sample: bytes) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what is wrong, without the line and column of the text that happened to be decoded."""
+    """Return what is wrong, without line and column, which count in the decoded piece alone."""
     return error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)

@@ -1,4 +1,4 @@
-"""A file or folder of rows as a data set of token ids, and what is held out of it."""
+"""A file or folder of rows as a data set of tokenised samples, and the part of it that is held out."""
 
 import json
 
@@ -24,9 +24,9 @@ def load_examples(
 ) -> tuple[Dataset, DataReport]:
     """Return the rows at `path` tokenised, and the report on them.
 
-    The rows are those of `sft.data.cache`, in an Arrow file under `cache_dir` that is mapped into memory; `dedup`
-    leaves out those whose text stood before. Raises UserError, naming the `flag` that gave the path, if there are
-    no files, or `tokenizer.model_max_length` is too short.
+    The data set is the Arrow file that `sft.data.cache` keeps under `cache_dir`, mapped into memory; `dedup` drops
+    repeated rows. Raises UserError, naming the `flag` that gave the path, if there are no files, or if
+    `tokenizer.model_max_length` is too short.
     """
     files = find_shards(path, flag)
     check_length(tokenizer)
@@ -40,7 +40,7 @@ def load_examples(
         is_first = first_of == np.arange(len(first_of))
         where = np.stack([lengths_of(examples, name) for name in ("file", "row")], axis=1)
         pairs = np.concatenate([where, where[first_of]], axis=1)[~is_first]
-        report.duplicates = np.unique(pairs, axis=0)  # a row of several parts once
+        report.duplicates = np.unique(pairs, axis=0)  # a conversation of several parts counts once
         report.counts.cut = sum(entry["note"].startswith("cut") for entry in report.entries())
         examples = examples.select(np.flatnonzero(is_first), keep_in_memory=True)
     lengths = lengths_of(examples)
@@ -51,10 +51,10 @@ def load_examples(
 
 
 def first_equals(examples: Dataset) -> np.ndarray:
-    """Return for each row the index of the first row with the same digest, (R,)."""
+    """Return, for each of the R rows, the index of the first row with the same digest, (R,)."""
     chunks = (np.frombuffer(chunk.buffers()[1], "<u8") for chunk in examples.data.column("digest").chunks)
     digests = np.concatenate(list(chunks)).reshape(-1, 2)
-    order = np.lexsort(digests.T)  # stable: rows of one digest stay in their order
+    order = np.lexsort(digests.T)  # stable: equal digests stay in order
     begins = np.ones(len(order), bool)
     begins[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
     first_of = np.empty_like(order)
@@ -63,7 +63,7 @@ def first_equals(examples: Dataset) -> np.ndarray:
 
 
 def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a share of the rows off, at least one, chosen by `seed`."""
+    """Return the samples without a random fraction, at least one, and that fraction; `seed` chooses it."""
     if len(examples) < 2:
         raise UserError(f"--eval_fraction needs at least 2 rows to train on; there is {len(examples)}")
     num_held_out = min(max(1, round(len(examples) * fraction)), len(examples) - 1)

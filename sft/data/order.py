@@ -1,22 +1,22 @@
-"""Which row a rank trains on, and when: each row once an epoch, whatever the number of ranks."""
+"""Which sequence a rank trains on, and when: each one once per epoch, whatever the number of ranks."""
 
 from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-# One token without a label: it runs the model and adds nothing to loss and gradients.
+# One token without a label: it runs through the model and adds nothing to loss or gradients.
 EMPTY_ROW = {"input_ids": [0], "lengths": [1, 0]}
 
 
 class EvenRows(Dataset):
-    """Rows, and empty ones behind them up to a multiple of all ranks' batches.
+    """Sequences, followed by empty ones up to a multiple of all ranks' batches.
 
-    Ranks must run the same number of batches, and accelerate would fill the last ones with rows already seen.
+    Ranks must run equally many batches, and accelerate would fill up the last ones with sequences already seen.
     """
 
     def __init__(self, rows: Dataset, multiple: int):
-        """Fill `rows` up to a multiple of `multiple` rows."""
+        """Fill `rows` up to a multiple of `multiple`."""
         self.rows = rows
         self.num_rows = len(rows)
         self.num_empty = -len(rows) % multiple
@@ -29,9 +29,9 @@ class EvenRows(Dataset):
 
 
 class EpochOrder(Sampler[int]):
-    """The rows of an epoch in an order of its own, the empty ones last.
+    """The sequences of an epoch in random order, the empty ones last.
 
-    The order is that of (seed, epoch) alone: all ranks have the same, a run of more ranks too, and one that goes on
+    The order depends only on (seed, epoch), so it is the same on all ranks, for any number of ranks, and after resuming
     from a checkpoint.
     """
 
@@ -42,7 +42,7 @@ class EpochOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch from now on."""
+        """Switch to the order of another epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

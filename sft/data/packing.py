@@ -1,4 +1,4 @@
-"""Examples packed into rows of a fixed length, so that a row of 2,048 tokens is nearly always full."""
+"""Examples packed into sequences of up to a fixed length, which are nearly always full."""
 
 from itertools import chain
 
@@ -11,38 +11,60 @@ from sft.data.sequences import Sequences, fingerprint_of, sequence_of
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
-    """Return the row of each example, int32, by best fit of the longest first; rows hold at most `max_length` tokens.
+    """Return the number of the sequence that each example goes into, int32, best-fit decreasing.
 
-    Each example goes whole into the fullest row that has room for it, or opens a new one (best-fit decreasing:
-    D. S. Johnson, Near-optimal bin packing algorithms, 1973). `seed` decides among examples of one length, which are
-    placed together: as many in a row as it has room for, row after row from the fullest that fits.
+    The longest example comes first; each goes whole into the fullest sequence that has room for it, or opens a new one
+    (D. S. Johnson, Near-optimal bin packing algorithms, 1973). Examples of one length are placed together, as many per
+    sequence as fit; `seed` decides among them. With sequences of 10 tokens and lengths 7 5 5 3 2 2:
+
+        0  7777777333  7 opens it, 3 fills it
+        1  5555555555  both 5s open it and fill it at once
+        2  2222        no room for the 2s elsewhere; 6 tokens stay free
     """
     assert lengths.min() > 0 and lengths.max() <= max_length, (lengths.min(), lengths.max(), max_length)
     order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int32)
     order = order[np.argsort(-lengths[order].astype(np.int32), kind="stable")]
-    row_of = np.empty(len(lengths), np.int32)
-    rows_by_room: dict[int, np.ndarray] = {}  # rows that have room for so many tokens more
-    num_rows, counts = 0, np.bincount(lengths)
+    sequence_of, free, counts = np.empty(len(lengths), np.int32), _FreeRoom(max_length), np.bincount(lengths)
     for length in np.flatnonzero(counts)[::-1].tolist():
         examples, order = order[: counts[length]], order[counts[length] :]
-        for room in [*sorted(room for room in rows_by_room if room >= length), max_length]:
+        for room in free.rooms_for(length):
             if not len(examples):
                 break
-            per_row = room // length
-            needed = -(len(examples) // -per_row)
-            rows = rows_by_room.pop(room, None)
-            if rows is None:
-                rows = np.arange(num_rows, num_rows + needed, dtype=np.int32)
-                num_rows += needed
-            rows, untouched = rows[:needed], rows[needed:]
-            placed = np.repeat(rows, per_row)[: len(examples)]
-            row_of[examples[: len(placed)]] = placed
+            per_sequence = room // length
+            chosen = free.take(room, -(len(examples) // -per_sequence))
+            placed = np.repeat(chosen, per_sequence)[: len(examples)]
+            sequence_of[examples[: len(placed)]] = placed
             examples = examples[len(placed) :]
-            in_last = len(placed) - per_row * (len(rows) - 1)
-            for some, left in ((untouched, room), (rows[:-1], room % length), (rows[-1:], room - in_last * length)):
-                if len(some) and left:
-                    rows_by_room[left] = np.concatenate([rows_by_room.get(left, some[:0]), some])
-    return row_of
+            num_in_last = len(placed) - per_sequence * (len(chosen) - 1)
+            free.put_back(room - per_sequence * length, chosen[:-1])
+            free.put_back(room - num_in_last * length, chosen[-1:])
+    return sequence_of
+
+
+class _FreeRoom:
+    """The numbers of the sequences that are not full, by the tokens that they have room for."""
+
+    def __init__(self, max_length: int):
+        self.max_length, self.num_opened = max_length, 0
+        self.by_room: dict[int, np.ndarray] = {}
+
+    def rooms_for(self, length: int) -> list[int]:
+        """Return the rooms that hold so many tokens, of the fullest sequences first and of a new one last."""
+        return [*sorted(room for room in self.by_room if room >= length), self.max_length]
+
+    def take(self, room: int, number: int) -> np.ndarray:
+        """Return sequences that have this room, at most so many; new ones if it is all of `max_length`."""
+        if room == self.max_length:
+            self.num_opened += number
+            return np.arange(self.num_opened - number, self.num_opened, dtype=np.int32)
+        sequences = self.by_room.pop(room)
+        self.put_back(room, sequences[number:])
+        return sequences[:number]
+
+    def put_back(self, room: int, sequences: np.ndarray) -> None:
+        """Keep sequences that have this room, unless it is none."""
+        if room and len(sequences):
+            self.by_room[room] = np.concatenate([self.by_room.get(room, sequences[:0]), sequences])
 
 
 class PackedSequences(Sequences):

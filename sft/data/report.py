@@ -20,34 +20,34 @@ class DataReport:
     """What became of every row that was read: counts.rows = kept + counts.refused + duplicates."""
 
     counts: Counts
-    notes: Path  # one JSON line for each row that was refused or cut
+    notes: Path  # one JSON line per row that was refused or cut
     kept: int = 0
     tokens: int = 0
     labelled_tokens: int = 0
-    longest: int = 0  # tokens of a row
-    # File and row of each row left out as a duplicate, and of the first one with its text, (D, 4).
+    longest: int = 0  # tokens in the longest row
+    # File and row of each of the D dropped duplicates, and of the first row with its text, (D, 4).
     duplicates: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
 
     @property
     def bad_fraction(self) -> float:
-        """Return the share of refused rows, or that of bytes which could not be read if it is larger."""
+        """Return the fraction of refused rows or of unread bytes, whichever is larger."""
         counts = self.counts
         return max(counts.refused / max(1, counts.rows), counts.unread_bytes / max(1, counts.num_bytes))
 
     def what_is_wrong(self, max_bad_fraction: float) -> str | None:
-        """Return why no run should train on this, if so."""
+        """Return why no run should train on this data; None if nothing is wrong."""
         counts = self.counts
         if not counts.rows:
-            return f"has no row to train on; expected rows such as {SHAPE}"
+            return f"has no rows to train on; expected rows such as {SHAPE}"
         if self.bad_fraction > max_bad_fraction:
             unread = (
                 f" and {counts.unread_bytes:,} of {counts.num_bytes:,} bytes not read" if counts.unread_bytes else ""
             )
             return (
                 f"has {counts.refused:,} of {counts.rows:,} rows refused{unread}, more than --max_bad_fraction "
-                f"{max_bad_fraction:g}; mend them, or allow more"
+                f"{max_bad_fraction:g}; fix them, or allow more"
             )
-        return None if self.kept else f"has no row to train on: all of {counts.rows:,} are refused"
+        return None if self.kept else f"has no rows to train on: all {counts.rows:,} were refused"
 
     def line(self) -> str:
         """Return how many rows were read, kept, cut and refused, and their tokens, for people."""
@@ -60,14 +60,14 @@ class DataReport:
         )
 
     def entries(self) -> Iterator[dict[str, str]]:
-        """Yield the place of every row that was refused, cut or left out as a duplicate, and why."""
+        """Yield the place of every row that was refused, cut or dropped as a duplicate, and why."""
         first_of = {self._place(*pair[:2]): self._place(*pair[2:]) for pair in self.duplicates.tolist()}
         with self.notes.open(encoding="utf-8") as lines:
             yield from (entry for entry in map(json.loads, lines) if entry["place"] not in first_of)
         yield from ({"place": place, "note": f"duplicate: of {first}"} for place, first in first_of.items())
 
     def refused(self, number: int) -> list[dict[str, str]]:
-        """Return the entries of the first so many refused rows."""
+        """Return the entries of the first `number` refused rows."""
         return list(islice((entry for entry in self.entries() if entry["note"].startswith("refused")), number))
 
     def _place(self, file: int, row: int) -> str:
@@ -75,7 +75,7 @@ class DataReport:
 
 
 def print_data(name: str, report: DataReport) -> None:
-    """Print what became of the rows, the shapes and encodings they were read in, and the first that were refused."""
+    """Print what became of the rows, their shapes and encodings, and the first that were refused."""
     print(f"{name:9}{report.line()}")
     files = Counter((file["shape"], file["form"], file["encoding"]) for file in report.counts.files)
     for (shape, form, encoding), number in files.most_common(NUM_NAMED):
@@ -88,7 +88,7 @@ def print_data(name: str, report: DataReport) -> None:
 
 
 def write_data_report(reports: Iterable[DataReport], path: Path) -> None:
-    """Write one JSON line for every row that was refused, cut or a duplicate: its file and line, and why."""
+    """Write one JSON line per row that was refused, cut or a duplicate: its place, and why."""
     with path.open("w", encoding="utf-8") as lines:
         for report in reports:
             lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in report.entries())

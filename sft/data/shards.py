@@ -1,4 +1,4 @@
-"""Shards: the files that hold rows, found, and read a block of rows at a time, whatever their form and encoding."""
+"""Shards: the files of records, found, and read one block at a time, whatever their form and encoding."""
 
 import codecs
 import gzip
@@ -29,15 +29,15 @@ from sft.program import UserError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
-BLOCK_ROWS = 1000  # enough for a batched tokenizer, few enough to lie in memory many times over
+BLOCK_ROWS = 1000  # enough for a batched tokenizer, few enough to hold many blocks in memory
 BLOCK_BYTES = 4 * 2**20
-NUM_NAMED = 20  # refused rows that are printed; all are in a run's data_report.jsonl
+NUM_NAMED = 20  # refused rows that are printed; data_report.jsonl lists all
 FAULTS = (BrokenError, pa.ArrowException, *READ_ERRORS)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """What is not trained on, a row or the rest of a file, and why; `num_bytes` of the file are left unread."""
+    """A row, or the rest of a file, that cannot be trained on, and why; `num_bytes` of the file stay unread."""
 
     place: str
     reason: str
@@ -46,14 +46,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a shard as they lie in it, and the fault, if any, behind which the shard cannot be read."""
+    """Some consecutive records of a shard, not yet parsed, and the fault, if any, that makes the rest unreadable."""
 
     shard: Path
     form: str  # "lines", "array", "objects" or "parquet"
     encoding: str
     start: int  # the line of the first row, or its index
-    rows: list[bytes | None] | list[object] | pa.RecordBatch  # a line that is too long is None
-    position: int  # bytes of the shard read by now
+    rows: list[bytes | None] | list[object] | pa.RecordBatch  # None stands for a line that is too long
+    position: int  # bytes of the shard read so far
     fault: Refused | None = None
 
 
@@ -61,10 +61,10 @@ class Block:
 
 
 def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
-    """Return the shards at `path`, a file or a folder with all below it, sorted; hidden files and folders are ignored.
+    """Return the shards at `path`, a file or a folder searched recursively, sorted; hidden ones are ignored.
 
-    Folders that cannot be listed are among them, for their fault to be told. Raises UserError, naming the `flag` that
-    gave the path, if there is nothing there or no shard.
+    Folders that cannot be listed are included, so that reading them reports the fault. Raises UserError, naming the
+    `flag` that gave the path, if the path does not exist or contains no shard.
     """
     root = Path(path)
     try:
@@ -81,7 +81,7 @@ def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
     shards = sorted(_walk(root))
     if not shards:
         raise UserError(
-            f"{flag} {path} holds no {', '.join(SUFFIXES)} file; expected shards of rows such as {SHAPE}; "
+            f"{flag} {path} contains no {', '.join(SUFFIXES)} file; expected files of rows such as {SHAPE}; "
             "run data_proj/process_data.ipynb, or try data_proj/sample"
         )
     return shards
@@ -89,7 +89,7 @@ def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
 
 def _walk(root: Path) -> Iterator[Path]:
     unlisted: list[OSError] = []
-    visited = set()  # links may lead back to a folder above them
+    visited = set()  # links may lead back to a parent folder
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unlisted.append):
         state = Path(folder).stat()
         if (state.st_dev, state.st_ino) in visited:
@@ -104,7 +104,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def size_of(shard: Path) -> int:
-    """Return the bytes of a shard, 0 if it is no file or cannot be looked at."""
+    """Return the size of a shard in bytes, 0 if it is not a file or cannot be accessed."""
     try:
         state = shard.stat()
     except OSError:
@@ -113,7 +113,7 @@ def size_of(shard: Path) -> int:
 
 
 def place_of(shard: Path, form: str, number: int) -> str:
-    """Return where a row stands, "file:line" or "file[index]", in characters that can be printed."""
+    """Return the place of a row, "file:line" or "file[index]", in printable characters."""
     where = f":{number}" if form == "lines" else f"[{number}]"
     return str(shard).encode("utf-8", "backslashreplace").decode() + where
 
@@ -122,11 +122,11 @@ def place_of(shard: Path, form: str, number: int) -> str:
 
 
 def read_blocks(shard: Path) -> Iterator[Block]:
-    """Yield the rows of a shard, block by block; memory does not grow with the shard.
+    """Yield a shard block by block; memory does not grow with the shard.
 
-    Its form is told by its content: Parquet, one JSON array, JSON objects over several lines, else JSON Lines, the
-    latter three also compressed by gzip. Text is UTF-8, with or without a mark, UTF-16 with one, or GB18030. A file
-    that breaks off ends with a block that says so.
+    The content decides the form: Parquet, one JSON array, JSON objects over several lines, else JSON Lines, the last
+    three also compressed with gzip. Text is UTF-8 with or without a byte order mark, UTF-16 with one, or GB18030. If
+    the rest of a file is unreadable, its last block says so.
     """
     start, position, form = 0, 0, "lines"
     try:
@@ -137,7 +137,7 @@ def read_blocks(shard: Path) -> Iterator[Block]:
                 form, blocks = "parquet", _parquet_blocks(shard)
             else:
                 form, encoding, mark = _look_into(_open(raw))
-                stream = _open(raw)  # anew, since a stream that failed once may go on as if it had ended
+                stream = _open(raw)  # again, since a stream that failed once may act as if it had ended
                 stream.seek(mark)
                 start = int(form == "lines")
                 blocks = _blocks(shard, form, encoding, start, _rows_of(stream, form, encoding), raw)
@@ -154,33 +154,40 @@ def read_blocks(shard: Path) -> Iterator[Block]:
 def _blocks(
     shard: Path, form: str, encoding: str, start: int, rows: Iterator, raw: io.BufferedReader
 ) -> Iterator[Block]:
-    """Put rows, each with its size, into blocks; the block in which reading breaks off carries the fault."""
+    """Collect records, each with its size, into blocks; the block where reading fails carries the fault."""
     size = os.fstat(raw.fileno()).st_size
-    first, block, num_bytes, fault = start, [], 0, None
-    while True:
-        try:
-            row, row_bytes = next(rows, (END, 0))
-        except FAULTS as error:
-            row, row_bytes = END, 0
+    first, is_last = start, False
+    while not is_last:
+        block, is_last, error = _next_rows(rows)
+        fault = None
+        if error:
             unread = max(0, size - raw.tell()) + getattr(error, "num_bytes", 0)
             unread = min(size, unread) if start + len(block) > first else size
-            reason = str(error) if isinstance(error, BrokenError) else f"cannot be read on ({one_line(error)})"
-            fault = Refused(place_of(shard, form, start + len(block)), f"the file breaks off: {reason}", unread)
-        if row is not END:
+            reason = str(error) if isinstance(error, BrokenError) else f"reading failed ({one_line(error)})"
+            fault = Refused(
+                place_of(shard, form, start + len(block)), f"the rest of the file is unreadable: {reason}", unread
+            )
+        if block or fault:
+            yield Block(shard, form, encoding, start, block, raw.tell(), fault)
+        start += len(block)
+
+
+def _next_rows(rows: Iterator[tuple[object, int]]) -> tuple[list, bool, Exception | None]:
+    """Return the records of the next block, whether it is the last, and the error that ended it, if any."""
+    block, num_bytes = [], 0
+    try:
+        for row, row_bytes in rows:
             block.append(row)
             num_bytes += row_bytes
-        if block and (row is END or len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES) or fault:
-            yield Block(shard, form, encoding, start, block, raw.tell(), fault)
-            start, block, num_bytes = start + len(block), [], 0
-        if row is END:
-            return
-
-
-END = object()
+            if len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES:
+                return block, False, None
+    except FAULTS as error:
+        return block, True, error
+    return block, True, None
 
 
 def _open(raw: io.BufferedReader) -> io.BufferedIOBase:
-    """Return a file from its first byte on, unpacked; nothing that was unpacked before a fault is lost."""
+    """Return a stream of the whole file, decompressed; what was decompressed before a fault is not lost."""
     raw.seek(0)
     is_packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
@@ -188,7 +195,7 @@ def _open(raw: io.BufferedReader) -> io.BufferedIOBase:
 
 
 def _look_into(stream: io.BufferedIOBase) -> tuple[str, str, int]:
-    """Return the form and encoding of a text file, and the length of the mark that it begins with, if any."""
+    """Return the form and encoding of a text file, and the length of its byte order mark."""
     head = read_some(stream)
     marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
     mark = next((mark for mark in marks if head.startswith(mark)), b"")
@@ -199,7 +206,7 @@ def _look_into(stream: io.BufferedIOBase) -> tuple[str, str, int]:
 
 
 def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
-    """Yield the rows of a text file, lines as bytes of UTF-8 or GB18030, others decoded, each with its size."""
+    """Yield the records of a text file, each with its size: lines as UTF-8 or GB18030 bytes, others as JSON values."""
     if form != "lines":
         return values_of(stream, form, encoding)
     return _utf16_lines(stream, encoding) if encoding.startswith("utf-16") else _lines(stream)
@@ -222,8 +229,8 @@ def _utf16_lines(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[byt
         for line, size in _lines(text):
             yield None if line is None else line.encode("utf-8", "surrogatepass"), size
     finally:
-        if not stream.closed:  # as it is where nobody reads to the end
-            text.detach()  # or it would close the stream
+        if not stream.closed:  # as it is if nobody reads to the end
+            text.detach()  # otherwise it would close the stream
 
 
 def _parquet_blocks(shard: Path) -> Iterator[Block]:
@@ -240,7 +247,7 @@ def _parquet_blocks(shard: Path) -> Iterator[Block]:
 
 
 def records_of(block: Block) -> Iterator[tuple[int, object]]:
-    """Yield each row of a block as (line or index, its value or a Refused); blank lines are no rows."""
+    """Yield each record of a block as (line or index, its value or a Refused); blank lines are skipped."""
     if block.form == "parquet":
         yield from _parquet_records(block)
         return
@@ -249,7 +256,7 @@ def records_of(block: Block) -> Iterator[tuple[int, object]]:
             yield number, row
         elif row is None:
             place = place_of(block.shard, block.form, number)
-            yield number, Refused(place, f"over {MAX_ROW_BYTES // 2**20} MiB long, too long for a row")
+            yield number, Refused(place, f"over {MAX_ROW_BYTES // 2**20} MiB long, too long for one row")
         elif row.strip():
             yield number, _parse_line(row, block, number)
 
@@ -261,7 +268,7 @@ def _parse_line(line: bytes, block: Block, number: int) -> object:
         )
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        return Refused(place_of(block.shard, block.form, number), f"not JSON ({reason_of(error)}{where})")
+        return Refused(place_of(block.shard, block.form, number), f"invalid JSON ({reason_of(error)}{where})")
 
 
 def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
@@ -271,9 +278,14 @@ def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
         try:
             yield block.start + number, record(block.rows.slice(number, 1).to_pylist()[0])
         except UnicodeDecodeError:
-            reason = "holds bytes that are not UTF-8"
-        except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # years and zones beyond Python's
-            reason = f"holds a value that cannot be read ({one_line(error)})"
+            reason = "contains bytes that are not UTF-8"
+        except (
+            ValueError,
+            OverflowError,
+            LookupError,
+            pa.ArrowException,
+        ) as error:  # dates and time zones outside Python's range
+            reason = f"contains a value that cannot be read ({one_line(error)})"
         else:
             continue
         yield block.start + number, Refused(place_of(block.shard, block.form, block.start + number), reason)

@@ -1,6 +1,6 @@
-"""Rows that are read and tokenised while the model trains on them: nothing is copied, and training starts at once.
+"""Sequences that are read and tokenised during training: nothing is stored, and training starts at once.
 
-All ranks read every file and draw its rows in one order; each tokenises only its share of them.
+All ranks read every file and draw its samples in the same order; each tokenises only its share.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from sft.data.shards import NUM_NAMED, Refused, size_of
 from sft.machine import gib
 from sft.program import OneRankError, UserError
 
-BUFFER_ROWS = 10_000  # in memory, among which the next one is drawn
-ENCODED_REPLIES = 1000  # of a rank that are tokenised, and packed, together; a conversation has several
-JUDGED_ROWS = 1000  # read before the share of refused ones may end the run
+BUFFER_ROWS = 10_000  # in memory, from which the next one is drawn
+ENCODED_REPLIES = 1000  # tokenised and packed together on one rank; a conversation has several
+JUDGED_ROWS = 1000  # read before the refused fraction may end the run
 
 
 @dataclass
 class StreamedSequences(Sequences, IterableDataset):
-    """Sequences without end, epoch after epoch."""
+    """An endless stream of sequences, epoch after epoch."""
 
     files: Sequence[Path]
     encoder: Encoder
-    notes: Path  # to which the first rank adds one JSON line for each refused row
+    notes: Path  # the first rank appends one JSON line per refused row
     max_bad_fraction: float = 0.01
     is_packed: bool = False
     shuffle: bool = True
@@ -44,19 +44,19 @@ class StreamedSequences(Sequences, IterableDataset):
     num_samples = num_sequences = None
 
     def __post_init__(self):
-        """Count nothing yet, and keep what was noted before, of rows held out."""
+        """Start counting from zero; keep the notes there are, on held-out rows."""
         self.num_rows = self.num_refused = self.unread_bytes = 0
         self.num_bytes, self.noted_bytes = sum(map(size_of, self.files)), size_of(self.notes)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        """Yield this rank's rows from the first epoch on; raise UserError where too many are refused."""
+        """Yield this rank's sequences from the first epoch on; raise UserError if too many rows are refused."""
         self.num_rows = self.num_refused = self.unread_bytes = 0
         self.has_begun = False
         if not self.rank:
             with self.notes.open("a") as lines:
                 lines.truncate(self.noted_bytes)
         drawn = chain.from_iterable(map(self._drawn, count()))
-        rounds = zip(*[drawn] * self.world_size, strict=True)  # a row for each rank
+        rounds = zip(*[drawn] * self.world_size, strict=True)  # one for each rank
         while rows := [of_ranks[self.rank] for of_ranks in some_of(rounds)]:
             tokenised = [
                 [ids for example in together for ids in (example.prompt, example.answer)]
@@ -69,18 +69,18 @@ class StreamedSequences(Sequences, IterableDataset):
 
     def _packed(self, rows: list[list[list[int]]]) -> Iterator[list[list[int]]]:
         lengths = np.array([sum(map(len, parts)) for parts in rows])
-        row_of = pack(lengths, self.encoder.max_length, self.seed)
-        for row in np.random.default_rng(self.seed).permutation(row_of.max() + 1):
-            yield [ids for index in np.flatnonzero(row_of == row) for ids in rows[index]]
+        sequence_of = pack(lengths, self.encoder.max_length, self.seed)
+        for sequence in np.random.default_rng(self.seed).permutation(sequence_of.max() + 1):
+            yield [ids for index in np.flatnonzero(sequence_of == sequence) for ids in rows[index]]
 
     def _drawn(self, epoch: int) -> Iterator[Row]:
-        """Yield the rows of an epoch in its order: files, and rows within a buffer, by (seed, epoch)."""
+        """Yield the samples of an epoch; (seed, epoch) decides the order of files and of samples within a buffer."""
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.files)) if self.shuffle else range(len(self.files))
         rows = (row for index in order for row in self._kept(self.files[index], epoch))
         buffer = list(islice(rows, BUFFER_ROWS if self.shuffle else 1))
         if not buffer:
-            raise UserError(f"there is no row to train on; what was refused is in {self.notes}")
+            raise UserError(f"there are no rows to train on; {self.notes} lists what was refused")
         for row in rows:
             index = generator.integers(len(buffer))
             yield buffer[index]
@@ -89,7 +89,7 @@ class StreamedSequences(Sequences, IterableDataset):
         yield from (buffer[index] for index in generator.permutation(len(buffer)))
 
     def _kept(self, file: Path, epoch: int) -> Iterator[Row]:
-        """Yield the rows of a file; in the first epoch count all of them, and note those that are refused."""
+        """Yield the samples of a file; in the first epoch count the rows and note those that are refused."""
         for row in read_all(file):
             if epoch == 0:
                 self.num_rows += 1
@@ -100,24 +100,25 @@ class StreamedSequences(Sequences, IterableDataset):
             if isinstance(row, Row):
                 yield row
 
-    def _refuse(self, row: Refused) -> None:
+    def _refuse(self, refused: Refused) -> None:
         self.num_refused += 1
-        self.unread_bytes += row.num_bytes
+        self.unread_bytes += refused.num_bytes
         if self.rank:
             return
         if self.num_refused <= NUM_NAMED:
-            tqdm.write(f"{'refused':9}{row.place}: {row.reason}")
+            tqdm.write(f"{'refused':9}{refused.place}: {refused.reason}")
         with self.notes.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"place": row.place, "note": f"refused: {row.reason}"}, ensure_ascii=False) + "\n")
+            note = {"place": refused.place, "note": f"refused: {refused.reason}"}
+            lines.write(json.dumps(note, ensure_ascii=False) + "\n")
 
     def _judge(self) -> None:
         share = max(self.num_refused / max(1, self.num_rows), self.unread_bytes / max(1, self.num_bytes))
         if share > self.max_bad_fraction:
             unread = f" and {self.unread_bytes:,} of {self.num_bytes:,} bytes not read" if self.unread_bytes else ""
-            # To the first row of tokens all ranks read as much; later one may be ahead of the others, and end alone.
+            # Until its first sequence every rank reads the same; later one may be ahead of the others and end alone.
             raise (OneRankError if self.rank and self.has_begun else UserError)(
-                f"{self.num_refused:,} of the first {self.num_rows:,} rows are refused{unread}, more than "
-                f"--max_bad_fraction {self.max_bad_fraction:g}; mend them ({self.notes} lists them), or allow more"
+                f"{self.num_refused:,} of the first {self.num_rows:,} rows were refused{unread}, more than "
+                f"--max_bad_fraction {self.max_bad_fraction:g}; fix them ({self.notes} lists them), or allow more"
             )
 
     def first(self) -> dict[str, list[int]]:
@@ -127,7 +128,7 @@ class StreamedSequences(Sequences, IterableDataset):
                 example = self.encoder.encode([row])[0][0]
                 lengths = [len(example.prompt), len(example.answer)]
                 return {"input_ids": example.prompt + example.answer, "lengths": lengths}
-        raise UserError(f"there is no row to train on in {self.files[0].parent}")
+        raise UserError(f"there are no rows to train on in {self.files[0].parent}")
 
     def longest_batch(self, batch_size: int) -> int:
         """Return the number of tokens in `batch_size` full sequences; in one if not packed, since few are full."""
@@ -153,7 +154,7 @@ class StreamedSequences(Sequences, IterableDataset):
 
 
 def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
-    """Yield rounds of rows, as many on each rank, until they have ENCODED_REPLIES for each."""
+    """Yield rounds of one sample per rank until they have ENCODED_REPLIES replies per rank."""
     num_replies = 0
     for rows in rounds:
         yield rows

@@ -1,7 +1,7 @@
-"""Processes that work for this one, and whose end is noticed whatever they were doing when they were killed.
+"""Worker processes whose death is noticed, whatever they were doing when they were killed.
 
-concurrent.futures has one pipe for the results of all its processes: one that is killed while it writes there, as
-Linux does where memory runs out, leaves a message broken off that is waited for without end. Here each has its own.
+concurrent.futures shares one pipe for the results of all processes: when one is killed while writing, as Linux does
+when memory runs out, the reader waits for the rest of the message for ever. Here each process has a pipe of its own.
 """
 
 import multiprocessing
@@ -18,24 +18,24 @@ from sft.program import end_with_parent
 
 
 class KilledWorkerError(Exception):
-    """One of the processes has ended."""
+    """A worker process has died."""
 
 
 @contextmanager
 def workers(num_workers: int, function: Callable, *first: object) -> Iterator[Callable[..., Future]]:
-    """Start processes and yield a function that lets one of them call `function(*first, *arguments)`.
+    """Start processes and yield a function that submits a call `function(*first, *arguments)` to an idle one.
 
-    `first` is sent once, and where processes are forked only inherited. The future that the function returns raises
-    what `function` raised, or KilledWorkerError if its process has ended. At the end all processes are killed.
+    `first` is sent once, or inherited when processes are forked. The future that is returned raises what `function`
+    raised, or KilledWorkerError if its process died. All processes are killed on exit.
     """
-    # A fork begins at once and shares this process's memory; elsewhere processes are started anew.
+    # A fork starts at once and shares this process's memory; other systems start fresh processes.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     processes, connections, idle = [], [], SimpleQueue()
     for _ in range(num_workers):
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, function, first), daemon=True)
         process.start()
-        there.close()  # so that the pipe ends with the process
+        there.close()  # so that the pipe closes with the process
         processes.append(process), connections.append(here), idle.put(here)
     threads = ThreadPoolExecutor(num_workers)
     try:
@@ -49,7 +49,7 @@ def workers(num_workers: int, function: Callable, *first: object) -> Iterator[Ca
 
 
 def _ask(idle: SimpleQueue, arguments: tuple) -> object:
-    """Let an idle process work, in a thread that waits for it."""
+    """Let an idle process do a call, and wait for it."""
     connection = idle.get()
     try:
         connection.send(arguments)
@@ -64,8 +64,8 @@ def _ask(idle: SimpleQueue, arguments: tuple) -> object:
 
 
 def _work(connection: Connection, function: Callable, first: tuple) -> None:
-    """Answer calls until this process is killed, or its parent has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    """Answer calls until this process is killed or its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     end_with_parent()
     while True:
         try:

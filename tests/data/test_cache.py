@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from sft.data import cache
 from sft.data.encode import Encoder
 from sft.data.formats import Row
 from sft.data.load import load_examples
@@ -58,6 +59,12 @@ def test_second_call_reads_the_cache(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert first[:] == again[:] and len(first) == 2
     assert fields_of(first_report) == fields_of(again_report)
     assert len(fields_of(again_report)["entries"]) == 2
+
+
+def test_few_rows_are_tokenised_without_another_process(tokenizer, tmp_path: Path, monkeypatch):
+    path = write_rows(tmp_path / "rows.json", ("问", "答"), ("三", "四"))
+    monkeypatch.setattr(cache, "workers", None)
+    assert len(load_examples(path, tokenizer, str(tmp_path / "cache"), num_workers=2)[0]) == 2
 
 
 @pytest.mark.parametrize("later", [1, 0], ids=["later", "at the same time"])

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sft.data import cache, shards
+from sft.data import cache, formats, shards
 from sft.data.encode import Encoder
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
@@ -187,12 +187,6 @@ def test_several_processes_make_what_one_makes(num_workers, expected, folder, to
     assert psutil.Process().children() == before
 
 
-def test_few_rows_are_tokenised_without_a_process_more(tokenizer, tmp_path, monkeypatch):
-    file = write(tmp_path / "rows.jsonl", rows_of(100))
-    monkeypatch.setattr(cache, "workers", None)
-    assert len(load_examples(str(file), tokenizer, str(tmp_path / "cache"), num_workers=2)[0]) == 99
-
-
 # ------------------------------------------------------------------------------------------------------ killed, stopped
 
 
@@ -225,8 +219,8 @@ def test_a_killed_worker_is_told_in_one_line(start, folder, tokenizer, expected,
 @pytest.mark.parametrize("slow", ["reading", "tokenising", "tokenising, and Ctrl-C twice"])
 def test_ctrl_c_ends_all_without_a_traceback(slow, start, folder, tokenizer, tmp_path, monkeypatch):
     if slow == "reading":  # so that it comes while the workers wait
-        read_blocks = shards.read_blocks
-        monkeypatch.setattr(shards, "read_blocks", lambda file: (time.sleep(0.2) or each for each in read_blocks(file)))
+        read = formats.read_shaped
+        monkeypatch.setattr(formats, "read_shaped", lambda file: (time.sleep(0.2) or each for each in read(file)))
     else:
         slowly(monkeypatch)
     process = start(load(folder, tokenizer, tmp_path / "cache"))
@@ -277,7 +271,7 @@ def test_of_two_that_start_at_once_one_does_the_work(start, folder, tokenizer, e
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert sorted((tmp_path / name).read_text() for name in ("one", "other")) == [
         "",
-        "waiting for another process that tokenises the same rows\n",
+        "waiting for another process that is tokenising the same rows\n",
     ]
     assert set(Counter(log.read_text().splitlines()).values()) == {1}
     monkeypatch.setattr(cache, "encode_block", None)
@@ -300,7 +294,7 @@ def test_a_file_that_changes_meanwhile_is_refused(change, tokenizer, tmp_path, m
         return encode_block(encoder, number, block, shape)
 
     monkeypatch.setattr(cache, "encode_block", encode)
-    with pytest.raises(UserError, match="^a file changed while it was tokenised; start again [^\n]*$"):
+    with pytest.raises(UserError, match="^a file changed while it was being tokenised; run again [^\n]*$"):
         load_examples(str(file), tokenizer, str(cache_dir), num_workers=1)
     assert {Path(name).suffix for name in names_in(cache_dir)} == {".unfinished"}
     monkeypatch.undo()
@@ -326,7 +320,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
     assert process.wait(timeout=60) == 2
     [line] = (tmp_path / "printed").read_text().splitlines()
     said = (
-        rf"error: tokenised rows cannot be kept in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
+        rf"error: tokenised rows cannot be stored in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
     )
     assert re.match(said + "--cache_dir with room, or --streaming True", line), line
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
@@ -336,7 +330,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
 def test_a_cache_that_cannot_be_written_to_is_told_in_one_line(folder, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match="^tokenised rows cannot be kept in [^\n]*file/tokenised: .*; give a --cache_dir"
+        UserError, match="^tokenised rows cannot be stored in [^\n]*file/tokenised: .*; give a --cache_dir"
     ):
         load_examples(str(folder), tokenizer, str(tmp_path / "file"))
 

@@ -55,7 +55,7 @@ def test_what_a_file_breaks_off_with_is_told_behind_its_rows(tmp_path: Path):
     file = write(tmp_path, f"[{GOOD},\n'x']")
     row, refused = read_all(file)
     assert row.output == "好" and refused.place == f"{file}[1]"
-    assert error_of(file).startswith(f"{file}[1]: the file breaks off: not JSON from here on")
+    assert error_of(file).startswith(f"{file}[1]: the rest of the file is unreadable: invalid JSON from here on")
 
 
 @pytest.mark.parametrize("good_rows", [1, 3000])
@@ -63,14 +63,14 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path: Path, good_ro
     before = (GOOD + "\n").encode() * good_rows + b'{"instruction": "'
     file = write(tmp_path, before + "你好".encode("gbk") + b'", "output": "b"}')
     message = error_of(file)
-    assert message.startswith(f'{file}:{good_rows + 1}: "instruction" holds ') and "not UTF-8" in message
+    assert message.startswith(f'{file}:{good_rows + 1}: "instruction" contains ') and "not UTF-8" in message
 
 
 def test_bytes_that_are_not_utf8_in_an_array_are_named_by_their_index(tmp_path: Path):
     bad = '{"instruction": "你好", "output": "b"}]'.encode("gbk")
     file = write(tmp_path, f"\n[{GOOD},\n{GOOD},\n".encode() + bad)
     message = error_of(file)
-    assert message.startswith(f'{file}[2]: "instruction" holds ') and "not UTF-8" in message
+    assert message.startswith(f'{file}[2]: "instruction" contains ') and "not UTF-8" in message
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.cache import lengths_of
 from sft.data.collate import labels_of
 from sft.data.encode import encode_rows
 from sft.data.formats import Row, read_rows
-from sft.data.load import load_examples
+from sft.data.load import hold_out, load_examples
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
+from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt
 from support.project import SAMPLE
 
@@ -107,7 +109,7 @@ def test_data_without_a_row_to_train_on_is_told(tokenizer: PreTrainedTokenizerBa
     examples, report = load_examples(str(path), tokenizer, str(tmp_path / "cache"))
     assert len(examples) == report.kept == report.counts.kept == 0
     # Whatever share of refused rows is allowed.
-    assert report.what_is_wrong(1.0).startswith("has no row to train on")
+    assert report.what_is_wrong(1.0).startswith("has no rows to train on")
 
 
 def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
@@ -117,8 +119,29 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
         examples, report = load_examples(str(path), tokenizer, str(tmp_path / "cache"))
         assert len(examples) == 1
         [entry] = report.refused(20)
-        assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: not JSON")
+        assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: invalid JSON")
         assert report.what_is_wrong(0.5) is None
         assert report.what_is_wrong(0.49) == (
-            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; mend them, or allow more"
+            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; fix them, or allow more"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ held out
+
+
+@pytest.mark.parametrize(
+    ("number", "fraction", "num_held_out"), [(2, 0.9, 1), (50, 0.001, 1), (50, 0.1, 5), (7, 0.5, 4)]
+)
+def test_a_share_is_held_out_and_nothing_is_lost(number: int, fraction: float, num_held_out: int):
+    samples = Dataset.from_dict({"row": range(number)})
+    train, held_out = hold_out(samples, fraction, seed=3)
+    assert len(held_out) == num_held_out
+    assert sorted([*train["row"], *held_out["row"]]) == list(range(number))
+    again, other = hold_out(samples, fraction, seed=3), hold_out(samples, fraction, seed=4)
+    assert list(again[0]["row"]) == list(train["row"])
+    assert number == 2 or list(other[0]["row"]) != list(train["row"])
+
+
+def test_of_one_row_nothing_can_be_held_out():
+    with pytest.raises(UserError, match="^--eval_fraction needs at least 2 rows to train on"):
+        hold_out(Dataset.from_dict({"row": [1]}), 0.5, seed=0)

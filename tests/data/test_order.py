@@ -35,7 +35,7 @@ def packed() -> PackedSequences:
     return PackedSequences(datasets.Dataset.from_dict(columns), 8)
 
 
-# ------------------------------------------------------------------------------------------------------------- EvenRows
+# ------------------------------------------------------------------------------------------ EvenRows
 
 
 @pytest.mark.parametrize("number", [1, 5, 6, 7, 12])

@@ -102,7 +102,7 @@ def test_the_first_one_is_the_first_sample_also_where_it_is_packed_later(streame
 
 @pytest.mark.parametrize("lines", [(), ("bad",)])
 def test_a_stream_without_a_row_has_no_first_one(streamed, lines, tmp_path):
-    with pytest.raises(UserError, match=f"^there is no row to train on in {tmp_path / 'data'}"):
+    with pytest.raises(UserError, match=f"^there are no rows to train on in {tmp_path / 'data'}"):
         streamed(*lines).first()
 
 

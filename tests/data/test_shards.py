@@ -68,7 +68,7 @@ def test_folder_without_shards_is_named_with_its_flag(tmp_path: Path):
     write(tmp_path, GOOD, "rows.txt")
     with pytest.raises(UserError) as caught:
         find_shards(str(tmp_path))
-    assert str(caught.value).startswith(f"--data_path {tmp_path} holds no")
+    assert str(caught.value).startswith(f"--data_path {tmp_path} contains no")
     assert "\n" not in str(caught.value)
 
 
@@ -137,7 +137,7 @@ def test_bad_json_is_named_by_its_line_and_spoils_no_other(tmp_path: Path, first
     file = write(tmp_path, f"{bad}\n{GOOD}\n\n{GOOD}\n" if first else f"{GOOD}\n\n{bad}\n{GOOD}\n")
     values = dict(values_in(file))
     refused = values.pop(1 if first else 3)
-    assert isinstance(refused, Refused) and refused.reason.startswith("not JSON (")
+    assert isinstance(refused, Refused) and refused.reason.startswith("invalid JSON (")
     assert refused.place == f"{file}:{1 if first else 3}" and "\n" not in refused.reason
     assert values == dict.fromkeys((2, 4) if first else (1, 4), json.loads(GOOD))
 
@@ -163,7 +163,7 @@ def test_an_array_that_breaks_off_keeps_what_came_before_and_names_the_index(tmp
     block = last_block(file)
     assert list(records_of(block)) == [(number, json.loads(GOOD)) for number in range(good_rows)]
     assert block.fault.place == f"{file}[{good_rows}]"
-    assert block.fault.reason.startswith("the file breaks off: ")
+    assert block.fault.reason.startswith("the rest of the file is unreadable: ")
     assert 0 <= block.fault.num_bytes <= file.stat().st_size
     if not bad.endswith(",\n"):  # which breaks off at its very end
         assert block.fault.num_bytes

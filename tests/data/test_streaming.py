@@ -228,8 +228,8 @@ def test_bad_rows_are_noted_once_by_the_first_rank(stream, tasks, tmp_path, caps
     noted = [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text(encoding="utf-8").splitlines()]
     places = {f"{tasks / name}:10" for name in ("b.jsonl", "c.jsonl")}
     assert len(noted) == 2 and {entry["place"] for entry in noted} == places
-    assert all(entry["note"].startswith("refused: not JSON") for entry in noted)
-    assert sorted(re.findall(r"^refused  (\S+): not JSON", capsys.readouterr().out, re.MULTILINE)) == sorted(places)
+    assert all(entry["note"].startswith("refused: invalid JSON") for entry in noted)
+    assert sorted(re.findall(r"^refused  (\S+): invalid JSON", capsys.readouterr().out, re.MULTILINE)) == sorted(places)
 
 
 def test_another_rank_leaves_the_notes_of_the_first_and_those_of_rows_held_out(stream, tasks, tmp_path):
@@ -254,7 +254,7 @@ def test_too_many_bad_rows_end_the_stream(num_bad, limit, said, stream, tmp_path
     if said is None:
         assert len(take(streamed, 2100)) == 2100
         return
-    with pytest.raises(UserError, match=f"^{said} rows are refused, more than --max_bad_fraction {limit:g}; "):
+    with pytest.raises(UserError, match=f"^{said} rows were refused, more than --max_bad_fraction {limit:g}; "):
         take(streamed, 1)
 
 
@@ -264,11 +264,11 @@ def test_a_rank_that_reads_ahead_of_the_others_says_itself_why_it_ends(stream, t
     file = write(tmp_path / "rows.jsonl", records)
     ahead = iter(stream(file, rank=1, world_size=2, shuffle=False, max_bad_fraction=0.01))
     take(ahead, 500)
-    with pytest.raises(OneRankError, match="^41 of the first 4,041 rows are refused"):
+    with pytest.raises(OneRankError, match="^41 of the first 4,041 rows were refused"):
         take(ahead, 2000)
     write(file, reversed(records))
     for rank in (0, 1):
-        with pytest.raises(UserError, match="^100 of the first 1,000 rows are refused") as caught:
+        with pytest.raises(UserError, match="^100 of the first 1,000 rows were refused") as caught:
             take(stream(file, rank=rank, world_size=2, max_bad_fraction=0.05), 1)
         assert not isinstance(caught.value, OneRankError)
 
@@ -276,7 +276,7 @@ def test_a_rank_that_reads_ahead_of_the_others_says_itself_why_it_ends(stream, t
 def test_many_bad_rows_end_the_stream_before_all_is_read(stream, tmp_path, monkeypatch):
     num_read = count_read(monkeypatch)
     file = write(tmp_path / "rows.jsonl", ["bad" if i % 4 == 3 else task(i) for i in range(5000)])
-    with pytest.raises(UserError, match="^250 of the first 1,000 rows are refused"):
+    with pytest.raises(UserError, match="^250 of the first 1,000 rows were refused"):
         take(stream(file), 1)
     assert num_read() <= 1000
 
@@ -285,7 +285,7 @@ def test_a_file_that_breaks_off_counts_by_what_is_not_read(stream, tmp_path):
     rest = "x" * 5000
     (tmp_path / "rows.json").write_text(json.dumps([task(i) for i in range(40)])[:-1] + f", {rest}", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"^1 of the first 41 rows are refused and 5,\d\d\d of \d,\d\d\d bytes not read"
+        UserError, match=r"^1 of the first 41 rows were refused and 5,\d\d\d of \d,\d\d\d bytes not read"
     ):
         take(stream(tmp_path / "rows.json"), 1)
     assert len(take(stream(tmp_path / "rows.json", max_bad_fraction=0.8), 50)) == 50
@@ -297,5 +297,5 @@ def test_without_a_row_the_stream_ends(content, rank, stream, tmp_path, monkeypa
     (tmp_path / "rows.json").write_text(content)
     read_all, times = streaming.read_all, iter(range(3))
     monkeypatch.setattr(streaming, "read_all", lambda file: next(times) < 3 and read_all(file))  # not for ever
-    with pytest.raises(UserError, match="^there is no row to train on; what was refused is in "):
+    with pytest.raises(UserError, match="^there are no rows to train on; "):
         take(stream(tmp_path / "rows.json", rank=rank, world_size=2, max_bad_fraction=1), 1)

@@ -108,7 +108,7 @@ def test_a_line_too_long_is_one_refused_row(tmp_path: Path, monkeypatch: pytest.
     file.write_text(lines(*around(long)), encoding=encoding)
     before, refused, behind = read_all(file)
     assert (texts(before), texts(behind)) == (GOOD[0], GOOD[2])
-    assert (refused.place, refused.reason) == (f"{file}:2", "over 1 MiB long, too long for a row")
+    assert (refused.place, refused.reason) == (f"{file}:2", "over 1 MiB long, too long for one row")
     assert behind.place == f"{file}:3"
 
 
@@ -181,9 +181,8 @@ def test_a_path_in_a_closed_folder_is_the_users_mistake(tmp_path: Path):
 def test_a_file_may_be_left_before_its_end(tmp_path: Path, encoding: str):
     file = tmp_path / "rows.json"
     file.write_text(lines(*GOOD * 1000), encoding=encoding)
-    code = (
-        f"from pathlib import Path; from sft.data.formats import read_rows; print(next(read_rows(Path({str(file)!r}))))"
-    )
+    reading = f"next(formats.read_rows(pathlib.Path({str(file)!r})))"
+    code = f"import pathlib; from sft.data import formats; print({reading})"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert result.stdout.startswith("Row(")
     assert result.stderr == ""

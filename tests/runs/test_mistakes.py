@@ -69,21 +69,21 @@ BAD_DATA = {
         "has 1 of 1 rows refused, more than --max_bad_fraction 0.01",
         "[0]: of no known shape, with ['output', 'title']",
     ),
-    "not JSON": (GOOD_ROW + "{oops\n", {}, "has 1 of 2 rows refused, more than", ":2: not JSON ("),
+    "not JSON": (GOOD_ROW + "{oops\n", {}, "has 1 of 2 rows refused, more than", ":2: invalid JSON ("),
     "an array that breaks off": (
         f"[{GOOD_ROW}",
         {"--max_bad_fraction": "0.4"},
         "has 1 of 2 rows refused",
-        "[1]: the file breaks off: ",
+        "[1]: the rest of the file is unreadable: ",
     ),
     "only empty outputs": (EMPTY_ROW, {}, "has 1 of 1 rows refused, more than", ':1: the "output" is empty'),
     "only empty outputs, which is allowed": (
         EMPTY_ROW,
         {"--max_bad_fraction": "1"},
-        "has no row to train on: all of 1 are refused",
+        "has no rows to train on: all 1 were refused",
         ':1: the "output" is empty',
     ),
-    "nothing": ("\n", {}, "has no row to train on; expected rows such as", ""),
+    "nothing": ("\n", {}, "has no rows to train on; expected rows such as", ""),
 }
 
 

@@ -75,7 +75,7 @@ def test_rows_that_are_none_are_left_out_and_told(monkeypatch, tmp_path):
     file.write_text("".join([*rows[:2], *bad, *rows[2:]]), encoding="utf-8")
     printed = process(monkeypatch, output, SOURCE=hub, DATASETS="school_math_0.25M", ROWS_PER_SET="none")
     assert lines_of(output / "school_math_0.25M-00000.json") == [json.loads(row) for row in rows]
-    assert f"2 rows left out, the first of them {file}:3: not JSON" in printed
+    assert f"2 rows left out, the first of them {file}:3: invalid JSON" in printed
 
 
 def test_a_second_run_replaces_its_own_shards_and_nothing_else(monkeypatch, tmp_path):

@@ -104,13 +104,13 @@ def test_what_does_not_go_with_streaming_is_refused(flags, said, refused, data, 
 def test_without_a_row_the_run_ends(content, refused, tmp_path):
     (tmp_path / "rows.json").write_text(content)
     line = refused(tmp_path / "rows.json", "--max_steps", 3, "--max_bad_fraction", 1)
-    assert line.startswith(f"error: there is no row to train on in {tmp_path}")
+    assert line.startswith(f"error: there are no rows to train on in {tmp_path}")
 
 
 def test_too_many_bad_rows_end_the_run_and_are_listed(refused, data, tmp_path):
     line = refused(data, "--max_steps", 3)
     notes, place = tmp_path / "run" / "data_report.jsonl", f"{data / 'conversations.jsonl'}:30"
-    assert line.startswith("error: 1 of the first 60 rows are refused, more than --max_bad_fraction 0.01; mend them")
+    assert line.startswith("error: 1 of the first 60 rows were refused, more than --max_bad_fraction 0.01; fix them")
     assert str(notes) in line
     assert [json.loads(each)["place"] for each in notes.read_text(encoding="utf-8").splitlines()] == [place]
 
@@ -182,4 +182,4 @@ def test_too_many_bad_rows_end_two_ranks_with_one_line(run, arguments, data, tmp
     result = run("-m", "sft.training.launch", "--cpu", "--ranks", "2", *given)
     assert result.returncode == 2, result.stderr[-3000:]
     errors = [line for line in result.stderr.splitlines() if "rror" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: 1 of the first 60 rows are refused, more than"), errors
+    assert len(errors) == 1 and errors[0].startswith("error: 1 of the first 60 rows were refused, more than"), errors

@@ -16,10 +16,10 @@ GOOD = [
 ]
 ENDS = [GOOD[0], GOOD[2]]
 CHAT = {"messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "一"}]}
-NOT_JSON = "not JSON ("
-BREAKS_OFF = "the file breaks off: "
-CANNOT_GO_ON = "the file breaks off: cannot be read on ("
-NO_INSTRUCTION = 'no "instruction", as the first rows of the file have, only '
+NOT_JSON = "invalid JSON ("
+BREAKS_OFF = "the rest of the file is unreadable: "
+CANNOT_GO_ON = "the rest of the file is unreadable: reading failed ("
+NO_INSTRUCTION = 'no "instruction", which the first rows of the file have; found '
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,25 @@ BAD_ROWS = {
     "null output": (row(output=None), '"output" is None; expected a string'),
     "null instruction": (row(instruction=None), '"instruction" is None; expected a string'),
     "null everywhere": (dict.fromkeys(GOOD[0]), '"instruction" is None; expected a string'),
-    "missing output": (without("output"), 'no "output", as the first rows of the file have, only ' + "['input', 'ins"),
+    "missing output": (
+        without("output"),
+        'no "output", which the first rows of the file have; found ' + "['input', 'ins",
+    ),
     "missing instruction": (without("instruction"), NO_INSTRUCTION + "['input', 'output']"),
     "no key": ({}, NO_INSTRUCTION + "[]"),
     "output of spaces": (row(output=" \n\u3000\t"), 'the "output" is empty'),
     "empty instruction and input": (row(instruction=" ", input="\n"), 'the "instruction" is empty'),
     "first half of a character": (
         '{"instruction": "\\ud83d", "output": "二"}',
-        "\"instruction\" holds '\\ud83d', half a",
+        "\"instruction\" contains '\\ud83d', a broken",
     ),
-    "second half of a character": ('{"instruction": "乙", "output": "\\ude00"}', "\"output\" holds '\\ude00', half a"),
+    "second half of a character": (
+        '{"instruction": "乙", "output": "\\ude00"}',
+        "\"output\" contains '\\ude00', a broken",
+    ),
     "key twice": (
         '{"instruction": "乙", "output": "二", "output": "三"}',
-        "a key stands twice among ['instruction', 'ou",
+        "a key appears twice among ['instruction', 'ou",
     ),
     "list for a row": (["乙", "二"], "a JSON list; expected an object"),
     "string for a row": ('"乙"', "a JSON str; expected an object"),
@@ -105,20 +111,23 @@ BAD_ROWS = {
         row(history=["乙", "二"]),
         "\"history\" is ['乙', '二']; expected a list of [question, reply]",
     ),
-    "text too long": (row(output="长" * 1_000_001), '"output" has 1,000,001 characters, too long by far'),
+    "text too long": (row(output="长" * 1_000_001), '"output" has 1,000,001 characters; at most 1,000,000'),
 }
 BAD_TURNS = {
-    "wrong role": ([{"role": "robot", "content": "乙"}], 'turn 1 is of \'robot\'; expected "user", "assistant" or'),
-    "role is no string": ([{"role": 1, "content": "乙"}], 'turn 1 is of 1; expected "user"'),
-    "wrong order": (CHAT["messages"][::-1], "user first; they are ['assistant', 'user']"),
-    "two questions": ([*CHAT["messages"][:1], *CHAT["messages"]], "they are ['user', 'user', 'assistant']"),
+    "wrong role": (
+        [{"role": "robot", "content": "乙"}],
+        'turn 1 has the role \'robot\'; expected "user", "assistant" or',
+    ),
+    "role is no string": ([{"role": 1, "content": "乙"}], 'turn 1 has the role 1; expected "user"'),
+    "wrong order": (CHAT["messages"][::-1], "user first; found ['assistant', 'user']"),
+    "two questions": ([*CHAT["messages"][:1], *CHAT["messages"]], "found ['user', 'user', 'assistant']"),
     "system in the middle": ([*CHAT["messages"], {"role": "system", "content": "丙"}], "'assistant', 'system']"),
     "empty turn": ([{"role": "user", "content": " "}, CHAT["messages"][1]], "a turn is empty"),
-    "no turns": ([], "they are nothing that is answered"),
-    "a question alone": (CHAT["messages"][:1], "they are nothing that is answered"),
-    "turns are strings": (["乙", "二"], 'turn 1 has not "role" and "content", it is \'乙\''),
-    "turns are a string": ("乙", "no list of \"messages\", as the first rows of the file have, only ['messages']"),
-    "turn without a text": ([{"role": "user"}], 'turn 1 has not "role" and "content", it is {'),
+    "no turns": ([], "found no question with a reply"),
+    "a question alone": (CHAT["messages"][:1], "found no question with a reply"),
+    "turns are strings": (["乙", "二"], 'turn 1 lacks "role" or "content": \'乙\''),
+    "turns are a string": ("乙", "no \"messages\" list, which the first rows of the file have; found ['messages']"),
+    "turn without a text": ([{"role": "user"}], 'turn 1 lacks "role" or "content": {'),
     "text of a turn is null": ([{"role": "user", "content": None}], '"content of turn 1" is None; expected a string'),
     "text of a turn is a list": ([{"role": "user", "content": ["乙"]}], "\"content of turn 1\" is ['乙']; expected a"),
 }
@@ -141,7 +150,7 @@ def value_kinds() -> list[Kind]:
     )  # pickle, between processes, gives up before JSON does
     return [
         *kinds,
-        Kind("key twice in a turn", twice.encode(), [GOOD[0]] * 2, {":2": "turn 1 has a key twice"}),
+        Kind("key twice in a turn", twice.encode(), [GOOD[0]] * 2, {":2": "turn 1 repeats a key"}),
         Kind("last turn is a question", asked.encode(), [GOOD[0]] * 2, cut={":2": note}),
         Kind("null input", lines(row(input=None)).encode(), [row(input="")]),
         Kind("missing input", array(without("input")).encode(), [row(input="")]),
@@ -156,7 +165,7 @@ def value_kinds() -> list[Kind]:
 ASTRAL = row(instruction="𠀀𪛖", output="😀")  # of four bytes in GB18030 too
 GOOD_ASCII = {"instruction": "one", "input": "", "output": "two"}
 LINE_ENDS = row(instruction="\u2028行\u0085", output="段\u2029\x1c")  # in the eyes of str.splitlines
-NOT_UTF8 = "\"output\" holds '\\udcb6', half a character or a byte that is not UTF-8"
+NOT_UTF8 = "\"output\" contains '\\udcb6', a broken character or a byte that is not UTF-8"
 
 
 def spoilt(text: str) -> bytes:
@@ -213,7 +222,7 @@ def line_kinds() -> list[Kind]:
     blanks = f"\n \t\n{dump(GOOD[0])}\n\n\r\n{dump(GOOD[1])}\n\n5\n".encode()
     rubbish = {f":{number}": NOT_JSON for number in range(1, 151)}
     no_shape = {f":{number}": NO_INSTRUCTION + "['text']" for number in range(1, 151)}
-    long_line = '"instruction" has 50,000,000 characters, too long by far'
+    long_line = '"instruction" has 50,000,000 characters; at most 1,000,000'
     csv = "instruction,input,output\n甲,,一\n".encode()
     return [
         *(Kind(name, lines(*around(line)).encode(), ENDS, {":2": NOT_JSON}) for name, line in NO_LINES.items()),
@@ -250,8 +259,8 @@ MANY_SHAPES = {"[0]": NO_INSTRUCTION + "['text']", "[4]": NO_INSTRUCTION + "['me
 def array_kinds() -> list[Kind]:
     spread = "\n".join(json.dumps(each, indent=2) for each in GOOD)
     deep = f"[{dump(GOOD[0])}, {'[' * 100_000}"
-    said, no_comma = BREAKS_OFF + "not JSON from here on (", BREAKS_OFF + "expected , or ] behind an element"
-    behind = BREAKS_OFF + "something stands behind the closing ]"
+    said, no_comma = BREAKS_OFF + "invalid JSON from here on (", BREAKS_OFF + "expected , or ] after an element"
+    behind = BREAKS_OFF + "more text follows the closing ]"
     return [
         Kind("array over several lines", json.dumps(GOOD, indent=1).encode()),
         Kind("empty array", b" [ ]\n", []),

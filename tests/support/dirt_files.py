@@ -76,10 +76,10 @@ def broken_half() -> bytes:
 
 def parquet_kinds() -> list[Kind]:
     whole, texts = parquet_bytes(GOOD), {"instruction": ["甲"] * 3, "output": ["一"] * 3}
-    kept, unread = [row(instruction="甲", input="", output="一")] * 2, "holds a value that cannot be read ("
+    kept, unread = [row(instruction="甲", input="", output="一")] * 2, "contains a value that cannot be read ("
     not_utf8 = pa.array([b"a", b"\xff", b"b"]).cast(pa.string(), safe=False)
     bad_seconds = {
-        "bytes that are not UTF-8": ({"more": not_utf8}, "holds bytes that are not UTF-8"),
+        "bytes that are not UTF-8": ({"more": not_utf8}, "contains bytes that are not UTF-8"),
         "a date beyond Python's": ({"more": pa.array([0, 2**30, 0], pa.date32())}, unread),
         "one null": ({"output": ["一", None, "一"]}, '"output" is None; expected a string'),
     }
@@ -108,7 +108,9 @@ def parquet_kinds() -> list[Kind]:
             [],
             refused | {place: '"instruction" is 1; expected a string' for place in refused},
         ),
-        Kind("parquet of a column twice", parquet_bytes(twice), [], {"[0]": "a key stands twice among ['instruction'"}),
+        Kind(
+            "parquet of a column twice", parquet_bytes(twice), [], {"[0]": "a key appears twice among ['instruction'"}
+        ),
         Kind("parquet cut", whole[:-20], [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet of four bytes", b"PAR1", [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet broken in the middle", broken_half(), GOOD[:1] * 1000, {"[1000]": CANNOT_BE_READ}),

@@ -234,7 +234,7 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(trim, make_model, fe
     for folder, flags, data, message in (
         (model, ["--keep_top", 0], few_rows[0], "error: --keep_top 0 keeps nothing; give 1 or more"),
         (model, [], SAMPLE, f"leaves out no token of {model}; give a --keep_top far below 1,024"),
-        (model, [], empty, "has no row to train on"),
+        (model, [], empty, "has no rows to train on"),
         (tmp_path / "none", [], few_rows[0], "is no folder here"),
         (broken, [], few_rows[0], "the model's pad_token_id 1024 is no token of its tokenizer; mend config.json"),
     ):
