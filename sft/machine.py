@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 from sft.program import UserError
 
@@ -58,6 +59,19 @@ def accelerator(use_cpu: bool = False) -> torch.device | None:
 def has_own_memory(device: torch.device | None) -> bool:
     """Tell whether a device has a memory of its own; Apple's GPUs share the host's."""
     return device is not None and device.type not in ("cpu", "mps")
+
+
+def choose_precision(device: torch.device | None) -> tuple[bool, bool]:
+    """Return whether to compute in bf16, and whether in fp16: what an accelerator has; neither on a CPU, None.
+
+    A GPU before Ampere has fp16; what other devices do in fp16 is not known here, and they compute in fp32.
+    """
+    if device is None:
+        return False, False
+    if device.type != "cuda":
+        return is_torch_bf16_gpu_available(), False
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return bf16, not bf16
 
 
 def check_kernels(on_the_cpu: str) -> None:
