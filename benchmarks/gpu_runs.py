@@ -21,7 +21,7 @@ from benchmarks.gpu_kernels import Figures
 from benchmarks.measure import Given
 from benchmarks.throughput import WAYS, make_tokenizer, make_trainer, measure_way, model_flops
 from sft.chat.model import ChatModel
-from sft.chat.reply import Sampling
+from sft.chat.sampling import Sampling
 from sft.data.collate import flatten
 from sft.data.load import load_examples
 from sft.data.packing import PackedSequences

@@ -1,4 +1,4 @@
-"""A checkpoint that answers: the model, how a token is drawn, the reply that grows, and the chat in the terminal.
+"""A checkpoint that answers: the model, how a token is drawn, the reply as it grows, and the chat in the terminal.
 
-Nothing here knows of a browser, of other visitors or of training.
+Nothing here knows about browsers, other visitors or training.
 """

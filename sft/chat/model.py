@@ -7,7 +7,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import machine
-from sft.chat.reply import GREEDY, Reply, Sampling
+from sft.chat.reply import Reply
+from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.data.formats import Row
 from sft.model.int8 import quantize
@@ -15,21 +16,19 @@ from sft.model.load import load_adapter, load_config, load_model, load_tokenizer
 from sft.program import UserError, one_line
 from sft.prompts import split_system
 
-# What a model is taken to read at once where neither tokenizer nor config tells.
-USUAL_LENGTH = 2048
-QUANTIZATIONS = ("none", "int8")
+USUAL_LENGTH = 2048  # tokens of context, where neither tokenizer nor config says
 
 
 class ChatModel:
-    """A checkpoint ready to answer, on the GPU where there is one."""
+    """A checkpoint that is ready to answer, on a GPU if there is one."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        """Take a model with its weights where they shall compute, and its tokenizer."""
+        """Take a tokenizer and a model that is already on its device."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        # Decoder-only models go on from the last position, which padding on the right would fill.
+        # Decoder-only models continue from the last position; padding on the right would fill it.
         self.tokenizer.padding_side = "left"
-        if tokenizer.model_max_length > 1e9:  # transformers' word for unknown
+        if tokenizer.model_max_length > 1e9:  # transformers' value for unknown
             tokenizer.model_max_length = context_length(model.config)
         self.encoder = Encoder(tokenizer)
         self.weights = str(model.dtype).removeprefix("torch.")
@@ -38,11 +37,11 @@ class ChatModel:
     def load(
         cls, checkpoint: str, device: str = "auto", dtype: str = "auto", quantization: str = "none"
     ) -> "ChatModel":
-        """Load a folder, a hub id, or the folder of a LoRA adapter with the base model that it names.
+        """Load a model folder, a hub id, or a LoRA adapter's folder together with the base model that it names.
 
-        The weights are bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; or `dtype`, a name
-        such as "float32". With the quantization "int8" the weights are 8-bit integers, on a CPU. Raises UserError if
-        there is no such checkpoint, no such device, or it cannot be quantized there.
+        The weights are in `dtype`, a name such as "float32"; "auto" is bf16 if the device computes in it, else fp16
+        on a GPU and fp32 on a CPU. The quantization "int8" stores them as 8-bit integers, on a CPU only. Raises
+        UserError if the checkpoint or the device does not exist, or the model cannot be quantized there.
         """
         device = choose_device(device)
         chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
@@ -81,33 +80,34 @@ class ChatModel:
         return self.tokenizer.batch_decode(self.generate(prompts, sampling), skip_special_tokens=True)
 
     def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:
-        """Return the answer to a prompt as a reply that grows while it is iterated."""
-        return Reply(self, prompt, sampling)
+        """Return the answer to a prompt as a reply that grows as it is iterated."""
+        return Reply(self.generate, self.tokenizer, prompt, sampling)
 
     def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> Reply:
         """Return the reply to a conversation of {"role", "content"} messages, the user's last.
 
-        Where the conversation and an answer of the longest length do not fit, the oldest turns are left out, and then
-        the beginning of the question, as in training. Raises ValueError if the roles do not alternate.
+        If the conversation and the longest answer do not fit together, the oldest turns are left out, and then the
+        beginning of the question, as in training. Raises ValueError if the roles do not alternate.
         """
         system, turns = split_system(messages)
         contents = [turn["content"] for turn in turns]
         history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
         row = Row(contents[-1], "", "", "", history, system)
-        # An answer may ask for no more than half of what the model reads at once, so that it has something to read.
+        # An answer may take at most half of the context, so that some of the question is always read.
         room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
         prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
         longest = max(1, min(sampling.max_new_tokens, self.encoder.max_length - len(prompt)))
-        return Reply(self, prompt, replace(sampling, max_new_tokens=longest), turns_left_out, tokens_left_out)
+        sampling = replace(sampling, max_new_tokens=longest)
+        return Reply(self.generate, self.tokenizer, prompt, sampling, turns_left_out, tokens_left_out)
 
 
 def choose_device(device: str) -> str:
-    """Return the device of "auto", or the one given; raise UserError if it is not there or has no kernels."""
+    """Return the device of "auto", or the one given; raise UserError if it is missing or has no kernels."""
     if device == "auto":
         device = (machine.accelerator() or torch.device("cpu")).type
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or see nvidia-smi")
+            raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or check nvidia-smi")
         machine.check_kernels("--device cpu")
     try:
         torch.empty(0, device=device)
@@ -117,22 +117,22 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(device: str) -> torch.dtype:
-    """Return the type of weights that a device computes fastest without an overflow."""
+    """Return the dtype in which a device computes fastest without overflow."""
     kind = torch.device(device)
     if kind.type == "cpu":
-        # On a processor without instructions for bf16 every product would be converted.
+        # Without bf16 instructions the processor would convert at every product.
         return torch.bfloat16 if has_bf16_instructions() else torch.float32
     bf16, fp16 = machine.choose_precision(kind)
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
 def has_bf16_instructions() -> bool:
-    """Tell whether this processor multiplies bf16 by itself."""
+    """Tell whether this processor has instructions that multiply bf16."""
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return how many tokens a model reads at once, as its config tells."""
+    """Return a model's context length in tokens, from its config."""
     names = ("max_position_embeddings", "seq_length", "n_positions")  # Falcon's, BLOOM's, and GPT-2's
     found = [length for name in names if isinstance(length := getattr(config, name, None), int) and length > 0]
     return found[0] if found else USUAL_LENGTH

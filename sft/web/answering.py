@@ -8,7 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from sft.chat.model import ChatModel
-from sft.chat.reply import Reply, Sampling
+from sft.chat.reply import Reply
+from sft.chat.sampling import Sampling
 from sft.web.visitors import RefusedError, Visitor, WaitingLine
 
 Messages = list[dict[str, str]]

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import gradio as gr
 
-from sft.chat.reply import BOUNDS, Sampling
+from sft.chat.sampling import BOUNDS, Sampling
 from sft.web import history
 from sft.web.answering import Answering, Progress
 from sft.web.history import Conversation, ListFullError, Store

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import LocalContext
 
-from sft.chat.reply import Sampling
+from sft.chat.sampling import Sampling
 from sft.web import history
 from sft.web.answering import Messages, Progress
 from sft.web.history import Conversation

@@ -1,7 +1,6 @@
 """Loading of every kind, batches are single answers, and every way to end is told."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from sft.chat.model import ChatModel, context_length
-from sft.chat.reply import Sampling, cut_at_marker
+from sft.chat.reply import cut_at_marker
+from sft.chat.sampling import Sampling
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt
@@ -266,17 +266,6 @@ def test_length_that_the_tokenizer_does_not_know_is_the_configs(make_model: Call
     model.config.seq_length = 777
     assert ChatModel(model, tokenizer).encoder.max_length == 777
     assert context_length(BloomConfig()) == 2048
-
-
-def test_talk_in_the_terminal(make_model: Callable[[str], Path], run: Callable):
-    folder = make_model("bloom-tiny")
-    command = ["-m", "sft.chat", folder, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "5"]
-    result = run(*command, input="你好\n再说一遍\n\n")
-    assert result.returncode == 0
-    assert result.stdout.count("> ") == 3
-    assert len(re.findall(r"\(5 tokens, [\d.]+ a second; cut at the token limit\)", result.stdout)) == 2
-    wrong = run("-m", "sft.chat", folder, "--temperature", "7")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: --temperature is 7.0; expected 0.0 to 2.0\n")
 
 
 def test_conversation_without_a_turn_is_refused_as_every_wrong_order(make_model: Callable[[str], Path]):

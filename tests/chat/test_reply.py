@@ -1,4 +1,4 @@
-"""Pieces are the full decode to the character, and the seed decides the sample."""
+"""Pieces are the full decode to the character."""
 
 import random
 import threading
@@ -10,7 +10,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from sft.chat.reply import GREEDY, Reply, Sampling, cut_at_marker, settled_length
+from sft.chat.reply import Reply, cut_at_marker, settled_length
+from sft.chat.sampling import GREEDY
 from sft.model.load import load_tokenizer
 
 RARE = "𠀀好😀👨‍👩‍👧é\u0301 Ω\n\n你\u3000\ufeffz"
@@ -25,15 +26,9 @@ def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path])
 
 
 class Script:
-    """Stands in for a ChatModel: its model "generates" given token ids, the last one when `before_last` returns."""
+    """Stands in for a model: "generates" given token ids, the last one after `before_last` returns."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        token_ids: Sequence[int],
-        before_last: Callable[[], object] = lambda: None,
-    ):
-        self.tokenizer = tokenizer
+    def __init__(self, token_ids: Sequence[int], before_last: Callable[[], object] = lambda: None):
         self.token_ids = token_ids
         self.before_last = before_last
 
@@ -47,7 +42,7 @@ class Script:
 
 
 def reply_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> Reply:
-    return Reply(Script(tokenizer, token_ids), "", GREEDY)
+    return Reply(Script(token_ids).generate, tokenizer, "", GREEDY)
 
 
 def byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -77,8 +72,8 @@ def test_characters_come_one_by_one(tokenizer: PreTrainedTokenizerBase):
 def test_first_piece_comes_before_the_last_token(tokenizer: PreTrainedTokenizerBase):
     first_piece_seen = threading.Event()
     waits = []
-    script = Script(tokenizer, byte_tokens(tokenizer, "好的"), lambda: waits.append(first_piece_seen.wait(5)))
-    for _ in Reply(script, "", GREEDY):
+    script = Script(byte_tokens(tokenizer, "好的"), lambda: waits.append(first_piece_seen.wait(5)))
+    for _ in Reply(script.generate, tokenizer, "", GREEDY):
         first_piece_seen.set()
     assert waits == [True]
 
@@ -142,60 +137,3 @@ def test_every_character_of_gb18030_and_every_emoji_streams_as_bytes(tokenizer: 
         pieces = list(reply_of(tokenizer, token_ids))
         assert "".join(pieces) == text == tokenizer.decode(token_ids)
         assert len(pieces) == len(text)
-
-
-def test_samples_are_drawn_as_the_warped_probabilities_say():
-    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -30.0]]).repeat(20_000, 1)
-    sampling = Sampling(temperature=0.8, top_p=0.95, top_k=4, seed=3)
-    scores = sampling.processors(torch.device("cpu"))(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
-    drawn = torch.bincount(scores.argmax(-1), minlength=6) / len(logits)
-    kept = torch.softmax(logits[0] / 0.8, 0)[:4]
-    assert kept[:3].sum() / kept.sum() < 0.95  # so that the fourth is among the likeliest 95 %, and the last two not
-    expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
-    assert (drawn - expected).abs().max() < 0.012  # 3.4 standard deviations of a frequency in 20,000
-
-
-def test_seed_gives_the_same_sample_whatever_is_drawn_meanwhile():
-    logits = torch.randn(64, 100)
-    ids = torch.zeros(64, 1, dtype=torch.long)
-
-    def draw(seed: int | None) -> list[int]:
-        processors = Sampling(seed=seed).processors(torch.device("cpu"))
-        torch.rand(7)
-        return processors(ids, logits.clone()).argmax(-1).tolist()
-
-    assert draw(5) == draw(5) != draw(6)
-    assert draw(None) != draw(None)
-    torch.manual_seed(0)
-    first = draw(None)
-    torch.manual_seed(0)
-    assert draw(None) == first
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "problem"),
-    [
-        ("max_new_tokens", 0, "expected 1 to 4096"),
-        ("max_new_tokens", 1e9, "expected a whole number"),
-        ("max_new_tokens", True, "expected a whole number"),
-        ("temperature", -0.1, "expected 0.0 to 2.0"),
-        ("temperature", float("nan"), "expected 0.0 to 2.0"),
-        ("temperature", "1", "expected a number"),
-        ("top_p", 0, "expected 0.01 to 1.0"),
-        ("top_p", float("inf"), "expected 0.01 to 1.0"),
-        ("top_k", -1, "expected 0 to 1000"),
-        ("top_k", 2.5, "expected a whole number"),
-        ("repetition_penalty", 0, "expected 0.5 to 2.0"),
-        ("repetition_penalty", None, "expected a number"),
-        ("seed", -1, "expected 0 to"),
-        ("seed", 2**63, "expected 0 to"),
-    ],
-)
-def test_numbers_out_of_bounds_are_named(name: str, value: object, problem: str):
-    with pytest.raises(ValueError, match=rf"{name} is .*; {problem}"):
-        Sampling(**{name: value}).check()
-
-
-def test_usual_numbers_are_in_bounds():
-    for sampling in (Sampling(), GREEDY, Sampling(1, 2, 1, 0, 0.5, 2**63 - 1), Sampling(seed=None)):
-        sampling.check()

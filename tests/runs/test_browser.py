@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sft.chat.model import ChatModel
-from sft.chat.reply import Sampling
+from sft.chat.sampling import Sampling
 from sft.data.formats import read_rows
 from sft.prompts import build_prompt
 from sft.web.texts import TEXTS

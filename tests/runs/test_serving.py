@@ -101,7 +101,7 @@ def history_of(user: int) -> list[dict[str, str]]:
 
 
 def alone(page: Served, user: int) -> str:
-    from sft.chat.reply import Sampling
+    from sft.chat.sampling import Sampling
 
     return "".join(page.chat.reply([*history_of(user), {"role": "user", "content": QUESTION}], Sampling(**GREEDY)))
 
