@@ -10,7 +10,7 @@ from itertools import islice
 
 from sft.chat.model import QUANTIZATIONS, ChatModel
 from sft.chat.reply import BOUNDS, Reply, Sampling
-from sft.data.formats import read_rows
+from sft.data.formats import read_samples
 from sft.data.shards import find_shards
 from sft.program import ArgumentParser, UserError, run_program
 
@@ -22,7 +22,7 @@ def recall(chat: ChatModel, data: str, number: int) -> int:
     """
     num_right = 0
     for shard in islice(find_shards(data), number):
-        row = next(read_rows(shard))
+        row = next(read_samples(shard))
         print(f"\n问 | {row.instruction.strip()}" + (f"\n   | {row.input}" if row.input else ""))
         print("答 | ", end="", flush=True)
         reply = chat.stream(row.prompt)

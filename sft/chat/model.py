@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sft import machine
 from sft.chat.reply import GREEDY, Reply, Sampling
 from sft.data.encode import Encoder
-from sft.data.formats import Row
+from sft.data.formats import Sample
 from sft.model.int8 import quantize
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
@@ -94,7 +94,7 @@ class ChatModel:
         system, turns = split_system(messages)
         contents = [turn["content"] for turn in turns]
         history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
-        row = Row(contents[-1], "", "", "", history, system)
+        row = Sample(contents[-1], "", "", "", history, system)
         # An answer may ask for no more than half of what the model reads at once, so that it has something to read.
         room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
         prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
