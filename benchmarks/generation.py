@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from benchmarks import measure
 from sft import IGNORE_INDEX
-from sft.data.encode import encode_rows
-from sft.data.formats import read_rows
+from sft.data.encode import encode_samples
+from sft.data.formats import read_samples
 from sft.data.shards import find_shards
 from sft.model.int8 import quantize, weights_in_bytes
 from sft.model.load import load_config, load_model, load_tokenizer, locate
@@ -87,8 +87,8 @@ def measure_quality(options: argparse.Namespace) -> dict[str, dict]:
     """Return each way's mean KL(fp32 || way) in nats, and top-1 agreement with fp32, over the rows' answer tokens."""
     checkpoint = locate(options.checkpoint)
     load_config(checkpoint)
-    rows = [row for shard in find_shards(options.data, "--data") for row in islice(read_rows(shard), options.rows)]
-    examples = list(encode_rows(rows[: options.rows], load_tokenizer(checkpoint, MAX_LENGTH)))
+    rows = [row for shard in find_shards(options.data, "--data") for row in islice(read_samples(shard), options.rows)]
+    examples = list(encode_samples(rows[: options.rows], load_tokenizer(checkpoint, MAX_LENGTH)))
     models = {way: convert(load_model(checkpoint), way) for way in WAYS}
     divergence, agreed, num_tokens = dict.fromkeys(WAYS, 0.0), dict.fromkeys(WAYS, 0), 0
     for example in examples:

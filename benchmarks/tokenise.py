@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import measure
 from sft import IGNORE_INDEX
 from sft.data.cache import tokenised
-from sft.data.formats import Row, read_all
+from sft.data.formats import Sample, read_all
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
@@ -36,7 +36,7 @@ CLAUSE = re.compile(r"[^。，！？；：\n]+[。，！？；：\n]*")
 def write_rows(path: Path, data: str, number: int, seed: int = 0) -> None:
     """Write so many rows as long as those of `data`, each clause the first half of one of theirs and the second of
     another."""
-    rows = [row for shard in find_shards(data, "--data") for row in read_all(shard) if isinstance(row, Row)]
+    rows = [row for shard in find_shards(data, "--data") for row in read_all(shard) if isinstance(row, Sample)]
     if not rows:
         raise UserError(f"--data {data} has no row; give instruction rows such as those of data_proj/sample")
     clauses = [clause for row in rows for clause in CLAUSE.findall(row.instruction + row.output)]

@@ -99,7 +99,7 @@ def test_the_sample_has_as_many_rows_as_the_page_says():
 
 
 def test_belle_rows_become_rows_as_the_page_says(tmp_path):
-    from sft.data.formats import read_rows
+    from sft.data.formats import read_samples
 
     seed = {"id": "seed_task_8", "instruction": "写诗", "instances": [{"input": "夏天", "output": "鹿葱。"}]}
     asked = [{"question": "一？", "std_answer": "1", "class": "math"}, {"question": "二？", "std_answer": " "}]
@@ -109,5 +109,5 @@ def test_belle_rows_become_rows_as_the_page_says(tmp_path):
     [block] = [block for block in blocks if "belle_zh_seed_tasks" in block]
     python = f'python() {{ "{sys.executable}" "$@"; }}\n'
     subprocess.run(["sh", "-euc", python + block], cwd=tmp_path, check=True)
-    rows = [row for file in sorted((tmp_path / "my_rows").iterdir()) for row in read_rows(file)]
+    rows = [row for file in sorted((tmp_path / "my_rows").iterdir()) for row in read_samples(file)]
     assert [(row.instruction, row.input, row.output) for row in rows] == [("一？", "", "1"), ("写诗", "夏天", "鹿葱。")]

@@ -25,12 +25,12 @@ def recall(chat: ChatModel, data: str, number: int) -> int:
 
     An answer matches if it equals the row's output to the character and the model ended it itself.
     """
-    from sft.data.formats import read_rows
+    from sft.data.formats import read_samples
     from sft.data.shards import find_shards
 
     num_right = 0
     for shard in islice(find_shards(data), number):
-        row = next(read_rows(shard))
+        row = next(read_samples(shard))
         print(f"\n问 | {row.instruction.strip()}" + (f"\n   | {row.input}" if row.input else ""))
         print("答 | ", end="", flush=True)
         reply = chat.stream(row.prompt)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from sft import prompts
 from sft.data import encode, formats, json_stream, shards
 from sft.data.encode import Encoder, Example
-from sft.data.formats import Row, Shape
+from sft.data.formats import Sample, Shape
 from sft.data.shards import Block, Refused
 from sft.data.workers import KilledWorkerError, workers
 from sft.program import UserError, one_line
@@ -261,29 +261,31 @@ def _without_collector() -> Iterator[None]:
 @_without_collector()
 def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None) -> Encoded:
     """Tokenise a block of shard number `file`, whose rows have `shape`."""
-    found = list(formats.rows_of(block, shape))
-    kept = [(number, row) for number, row in found if isinstance(row, Row)]
-    refused = [(number, row) for number, row in found if isinstance(row, Refused)]
+    found = list(formats.samples_of(block, shape))
+    kept = [(number, sample) for number, sample in found if isinstance(sample, Sample)]
+    refused = [(number, sample) for number, sample in found if isinstance(sample, Refused)]
     notes = [(number, {"place": each.place, "note": f"refused: {each.reason}"}) for number, each in refused]
-    records = []
-    for (number, row), examples in zip(kept, encoder.encode([row for _, row in kept]), strict=True):
-        records += _records(row, examples, encoder.max_length, file, number)
-        if cut := dict.fromkeys(filter(None, (row.note, *(example.note for example in examples)))):
-            notes.append((number, {"place": row.place, "note": "; ".join(cut)}))
-    columns = {name: [record[name] for record in records] for name in SCHEMA.names}
+    arrow_rows = []
+    for (number, sample), examples in zip(kept, encoder.encode([sample for _, sample in kept]), strict=True):
+        arrow_rows += _arrow_rows(sample, examples, encoder.max_length, file, number)
+        if cut := dict.fromkeys(filter(None, (sample.note, *(example.note for example in examples)))):
+            notes.append((number, {"place": sample.place, "note": "; ".join(cut)}))
+    columns = {name: [row[name] for row in arrow_rows] for name in SCHEMA.names}
     return Encoded(
         batch=pa.record_batch(columns, schema=SCHEMA),
         notes=[note for _, note in sorted(notes, key=lambda numbered: numbered[0])],
         num_rows=len(found),
         num_refused=len(refused),
-        num_conversations=sum(bool(row.history) for _, row in kept),
+        num_conversations=sum(bool(sample.history) for _, sample in kept),
         unread_bytes=sum(each.num_bytes for _, each in refused),
     )
 
 
-def _records(row: Row, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
-    """Yield the Arrow rows of one row: several if its examples do not fit into one."""
-    text = json.dumps([row.system, row.history, row.instruction, row.input, row.output], ensure_ascii=False)
+def _arrow_rows(sample: Sample, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
+    """Yield the Arrow rows of a sample: several if its examples do not fit into one."""
+    text = json.dumps(
+        [sample.system, sample.history, sample.instruction, sample.input, sample.output], ensure_ascii=False
+    )
     for part, together in enumerate(encode.group(examples, max_length)):
         lengths = [len(ids) for example in together for ids in (example.prompt, example.answer)]
         yield {

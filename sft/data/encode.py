@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX, prompts
-from sft.data.formats import Row
+from sft.data.formats import Sample
 from sft.program import UserError
 
 try:
@@ -65,22 +65,22 @@ class Encoder:
             both = (*prompts.split_prompt("")[::2], *prompts.split_prompt("", "-")[::2])
             self.template_ids = {text: self.backend.encode(text, add_special_tokens=False).ids for text in both}
 
-    def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
+    def encode(self, samples: Sequence[Sample]) -> list[list[Example]]:
         """Return the examples of each sample, one per reply, each of at most `max_length` tokens."""
         turns, owners = [], []
-        firsts = self._first_turns(rows)
-        for number, row in enumerate(rows):
+        firsts = self._first_turns(samples)
+        for number, sample in enumerate(samples):
             for last, first in enumerate(firsts[number]):
-                turns.append(_turn(row, first, last))
+                turns.append(_turn(sample, first, last))
                 owners.append((number, first, last))
         all_prompts = self._encode_prompts(turns)
         answers = self._encode_texts([answer for _, _, answer in turns])
-        examples: list[list[Example]] = [[] for _ in rows]
+        examples: list[list[Example]] = [[] for _ in samples]
         for (number, first, last), prompt, answer in zip(owners, all_prompts, answers, strict=True):
             answer.append(self.eos)
             fits = len(prompt) + len(answer) <= self.max_length
-            row = rows[number]
-            example = Example(prompt, answer) if fits else self._shorten(row, first, last, answer)
+            sample = samples[number]
+            example = Example(prompt, answer) if fits else self._shorten(sample, first, last, answer)
             if first and fits:
                 example.note = _turns_note(first, last)
             examples[number].append(example)
@@ -116,17 +116,17 @@ class Encoder:
             encoded.append(ids)
         return encoded
 
-    def _first_turns(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _first_turns(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Return, for each sample and each of its replies, the first turn of the history that may fit before it.
 
         Each text is counted once, so that a conversation of a thousand turns is not tokenised a thousand times.
         """
-        with_history = [row for row in rows if row.history]
-        texts = [prompts.write_turn(turn) for row in with_history for turn in row.history]
+        with_history = [sample for sample in samples if sample.history]
+        texts = [prompts.write_turn(turn) for sample in with_history for turn in sample.history]
         lengths = iter(map(len, self._encode_texts(texts)))
         firsts = []
-        for row in rows:
-            ends = [0, *accumulate(max(0, next(lengths) - JOINS_MERGE) for _ in row.history)]
+        for sample in samples:
+            ends = [0, *accumulate(max(0, next(lengths) - JOINS_MERGE) for _ in sample.history)]
             first, own = 0, []
             for end in ends:
                 while end - ends[first] > self.max_length:
@@ -135,34 +135,34 @@ class Encoder:
             firsts.append(own)
         return firsts
 
-    def encode_prompt(self, row: Row, num_new_tokens: int) -> tuple[list[int], int, int]:
+    def encode_prompt(self, sample: Sample, num_new_tokens: int) -> tuple[list[int], int, int]:
         """Return the prompt for a reply of `num_new_tokens` to a sample's last question, shortened as in training.
 
         Also returns how many of the oldest turns and how many of the question's tokens were left out.
         """
-        last = len(row.history)
+        last = len(sample.history)
         room = [self.eos] * num_new_tokens
-        first = self._first_fitting(row, self._first_turns([row])[0][last], last, room)
+        first = self._first_fitting(sample, self._first_turns([sample])[0][last], last, room)
         if first <= last:
-            [prompt] = self._encode_prompts([_turn(row, first, last)])
+            [prompt] = self._encode_prompts([_turn(sample, first, last)])
             return prompt, first, 0
-        whole = self._encode_prompts([_turn(row, last, last)])[0]
-        prompt = self._shorten(row, last, last, room).prompt
+        whole = self._encode_prompts([_turn(sample, last, last)])[0]
+        prompt = self._shorten(sample, last, last, room).prompt
         return prompt, last, len(whole) - len(prompt)
 
-    def _first_fitting(self, row: Row, first: int, last: int, answer: list[int]) -> int:
+    def _first_fitting(self, sample: Sample, first: int, last: int, answer: list[int]) -> int:
         """Return the first turn from which the history fits before an answer, `first` or later; `last + 1` if none."""
-        return bisect_left(range(last + 1), True, first, key=lambda start: self._fits(row, start, last, answer))
+        return bisect_left(range(last + 1), True, first, key=lambda start: self._fits(sample, start, last, answer))
 
-    def _shorten(self, row: Row, first: int, last: int, answer: list[int]) -> Example:
+    def _shorten(self, sample: Sample, first: int, last: int, answer: list[int]) -> Example:
         """Fit a turn and its answer into `max_length` tokens: drop the oldest turns, then shorten the user's text, then
         the answer's end."""
-        fitting = self._first_fitting(row, first + 1, last, answer)
+        fitting = self._first_fitting(sample, first + 1, last, answer)
         if fitting <= last:
-            [prompt] = self._encode_prompts([_turn(row, fitting, last)])
+            [prompt] = self._encode_prompts([_turn(sample, fitting, last)])
             return Example(prompt, answer, _turns_note(fitting, last))
         first = last
-        instruction, input, _ = _turn(row, first, last)
+        instruction, input, _ = _turn(sample, first, last)
         encoded = self.tokenizer(prompts.build_prompt(instruction, input), return_offsets_mapping=True, verbose=False)
         spans = prompts.body_spans(instruction, input)
         example = join(encoded.input_ids, encoded.offset_mapping, spans, answer, self.max_length)
@@ -170,8 +170,8 @@ class Encoder:
             example.note = f"{_turns_note(first, last)}; {example.note.removeprefix('cut: ')}"
         return example
 
-    def _fits(self, row: Row, first: int, last: int, answer: list[int]) -> bool:
-        [prompt] = self._encode_prompts([_turn(row, first, last)])
+    def _fits(self, sample: Sample, first: int, last: int, answer: list[int]) -> bool:
+        [prompt] = self._encode_prompts([_turn(sample, first, last)])
         return len(prompt) + len(answer) <= self.max_length
 
 
@@ -209,12 +209,16 @@ def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer(text).input_ids == backend.encode(text, add_special_tokens=False).ids
 
 
-def _turn(row: Row, first: int, last: int) -> tuple[str, str, str]:
+def _turn(sample: Sample, first: int, last: int) -> tuple[str, str, str]:
     """Return (instruction, input, output) of reply `last` of a sample, with its history from turn `first` on."""
-    if last < len(row.history):
-        question, reply = row.history[last]
-        return prompts.chat_instruction(row.system, row.history[first:last], question), "", reply
-    return prompts.chat_instruction(row.system, row.history[first:], row.instruction), row.input, row.output
+    if last < len(sample.history):
+        question, reply = sample.history[last]
+        return prompts.chat_instruction(sample.system, sample.history[first:last], question), "", reply
+    return (
+        prompts.chat_instruction(sample.system, sample.history[first:], sample.instruction),
+        sample.input,
+        sample.output,
+    )
 
 
 def _turns_note(first: int, last: int) -> str:
@@ -270,14 +274,14 @@ def group(examples: Sequence[Example], max_length: int) -> Iterator[list[Example
     yield together
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
+def encode_samples(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
     """Yield one example per reply: `input_ids` and `labels`, lists of one length, "length", "place" and "note"."""
-    for row, examples in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
+    for sample, examples in zip(samples, Encoder(tokenizer).encode(samples), strict=True):
         for example in examples:
             yield {
                 "input_ids": example.prompt + example.answer,
                 "labels": [IGNORE_INDEX] * len(example.prompt) + example.answer,
                 "length": len(example),
-                "place": row.place,
-                "note": example.note or row.note,
+                "place": sample.place,
+                "note": example.note or sample.note,
             }

@@ -26,7 +26,7 @@ BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Sample:
     """One task, or one conversation whose last question and reply are `instruction` and `output`.
 
     `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; `note`
@@ -76,7 +76,7 @@ class Pair:
         """Tell whether a record has both required keys."""
         return self.instruction in record and self.output in record
 
-    def read(self, record: dict, place: str) -> Row:
+    def read(self, record: dict, place: str) -> Sample:
         """Return the sample of a record; a null or missing input, system or history counts as empty."""
         for key in (self.instruction, self.output):
             if key not in record:
@@ -93,7 +93,7 @@ class Pair:
             history, instruction = split_history(instruction)
         if input and (history or system):  # only the template of a single task has a place for an input
             instruction, input = f"{instruction}\n{input}", ""
-        return Row(instruction, input, output, place, history, f"{system}\n" if system else "")
+        return Sample(instruction, input, output, place, history, f"{system}\n" if system else "")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Turns:
         turns = record.get(self.turns)
         return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and self.role in turns[0]
 
-    def read(self, record: dict, place: str) -> Row:
+    def read(self, record: dict, place: str) -> Sample:
         """Return the sample of a record: an optional system turn, then alternating questions and replies."""
         if not isinstance(turns := record.get(self.turns), list):
             raise _RefusedError(f'no "{self.turns}" list, which the first rows of the file have; found {_keys(record)}')
@@ -128,7 +128,7 @@ class Turns:
         is_open = bool(said) and said[-1][0] == "user"
         *history, (question, reply) = _alternating(said, len(said) - is_open)
         note = "cut: the last turn, a question without a reply" if is_open else ""
-        return Row(question, "", reply, place, tuple(history), system, note)
+        return Sample(question, "", reply, place, tuple(history), system, note)
 
     def _turn(self, turn: object, number: int) -> tuple[str, str]:
         if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
@@ -191,7 +191,7 @@ def _shapes_of(record: dict) -> list[Shape]:
     return [shape for shape in fitting if not any(other in fitting for other in FULLER[shape])]
 
 
-def to_row(value: object, shape: Shape | None, place: str) -> Row | Refused:
+def to_sample(value: object, shape: Shape | None, place: str) -> Sample | Refused:
     """Return a record as a sample, or why it is not one."""
     if isinstance(value, Refused):
         return value
@@ -269,24 +269,24 @@ def read_shaped(shard: Path) -> Iterator[tuple[Block, Shape | None]]:
         yield block, shape
 
 
-def rows_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Row | Refused]]:
+def samples_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Sample | Refused]]:
     """Yield the line or index of each record of a block and its sample, then the fault that ends it, if any."""
     for number, value in records_of(block):
-        yield number, to_row(value, shape, place_of(block.shard, block.form, number))
+        yield number, to_sample(value, shape, place_of(block.shard, block.form, number))
     if block.fault:
-        yield block.start + len(block.rows), block.fault
+        yield block.start + len(block.records), block.fault
 
 
-def read_all(shard: Path) -> Iterator[Row | Refused]:
+def read_all(shard: Path) -> Iterator[Sample | Refused]:
     """Yield each sample of a shard, in file order, or why it is refused."""
     for block, shape in read_shaped(shard):
-        for _, row in rows_of(block, shape):
-            yield row
+        for _, sample in samples_of(block, shape):
+            yield sample
 
 
-def read_rows(shard: Path) -> Iterator[Row]:
+def read_samples(shard: Path) -> Iterator[Sample]:
     """Yield the samples of a shard; raise UserError on the first that is refused."""
-    for row in read_all(shard):
-        if isinstance(row, Refused):
-            raise UserError(f"{row.place}: {row.reason}; fix or remove it")
-        yield row
+    for sample in read_all(shard):
+        if isinstance(sample, Refused):
+            raise UserError(f"{sample.place}: {sample.reason}; fix or remove it")
+        yield sample

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from sft.program import one_line
 
 SAMPLE_BYTES = 256 * 2**10  # read at a time, and to detect a file's encoding
-MAX_ROW_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 # What reading a broken file raises: gzip, zlib, UTF-16.
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
@@ -90,7 +90,7 @@ class _Text:
             except RecursionError:
                 raise self.broken("an element is nested too deeply") from None
             except ValueError as error:
-                if len(self.text) - start > MAX_ROW_BYTES or not self.more():
+                if len(self.text) - start > MAX_RECORD_BYTES or not self.more():
                     raise self.broken(f"invalid JSON from here on ({reason_of(error)})") from None
 
     def broken(self, reason: str) -> BrokenError:

@@ -6,26 +6,26 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 # One token without a label: it runs through the model and adds nothing to loss or gradients.
-EMPTY_ROW = {"input_ids": [0], "lengths": [1, 0]}
+EMPTY_SEQUENCE = {"input_ids": [0], "lengths": [1, 0]}
 
 
-class EvenRows(Dataset):
+class EvenSequences(Dataset):
     """Sequences, followed by empty ones up to a multiple of all ranks' batches.
 
     Ranks must run equally many batches, and accelerate would fill up the last ones with sequences already seen.
     """
 
-    def __init__(self, rows: Dataset, multiple: int):
-        """Fill `rows` up to a multiple of `multiple`."""
-        self.rows = rows
-        self.num_rows = len(rows)
-        self.num_empty = -len(rows) % multiple
+    def __init__(self, sequences: Dataset, multiple: int):
+        """Fill `sequences` up to a multiple of `multiple`."""
+        self.sequences = sequences
+        self.num_sequences = len(sequences)
+        self.num_empty = -len(sequences) % multiple
 
     def __len__(self) -> int:
-        return self.num_rows + self.num_empty
+        return self.num_sequences + self.num_empty
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index] if index < self.num_rows else EMPTY_ROW
+        return self.sequences[index] if index < self.num_sequences else EMPTY_SEQUENCE
 
 
 class EpochOrder(Sampler[int]):
@@ -35,9 +35,9 @@ class EpochOrder(Sampler[int]):
     from a checkpoint.
     """
 
-    def __init__(self, rows: EvenRows, seed: int):
-        """Order `rows` by `seed`, starting with epoch 0."""
-        self.rows = rows
+    def __init__(self, sequences: EvenSequences, seed: int):
+        """Order `sequences` by `seed`, starting with epoch 0."""
+        self.sequences = sequences
         self.seed = seed
         self.epoch = 0
 
@@ -46,9 +46,9 @@ class EpochOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows.num_rows)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.sequences.num_sequences)
         yield from map(int, order)
-        yield from range(self.rows.num_rows, len(self.rows))
+        yield from range(self.sequences.num_sequences, len(self.sequences))

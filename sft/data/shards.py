@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from sft.data.json_stream import (
     DECODER,
-    MAX_ROW_BYTES,
+    MAX_RECORD_BYTES,
     READ_ERRORS,
     BrokenError,
     RepeatedKeys,
@@ -29,7 +29,7 @@ from sft.program import UserError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
-BLOCK_ROWS = 1000  # enough for a batched tokenizer, few enough to hold many blocks in memory
+BLOCK_RECORDS = 1000  # enough for a batched tokenizer, few enough to hold many blocks in memory
 BLOCK_BYTES = 4 * 2**20
 NUM_NAMED = 20  # refused rows that are printed; data_report.jsonl lists all
 FAULTS = (BrokenError, pa.ArrowException, *READ_ERRORS)
@@ -51,8 +51,8 @@ class Block:
     shard: Path
     form: str  # "lines", "array", "objects" or "parquet"
     encoding: str
-    start: int  # the line of the first row, or its index
-    rows: list[bytes | None] | list[object] | pa.RecordBatch  # None stands for a line that is too long
+    start: int  # the line of the first record, or its index
+    records: list[bytes | None] | list[object] | pa.RecordBatch  # None stands for a line that is too long
     position: int  # bytes of the shard read so far
     fault: Refused | None = None
 
@@ -140,9 +140,9 @@ def read_blocks(shard: Path) -> Iterator[Block]:
                 stream = _open(raw)  # again, since a stream that failed once may act as if it had ended
                 stream.seek(mark)
                 start = int(form == "lines")
-                blocks = _blocks(shard, form, encoding, start, _rows_of(stream, form, encoding), raw)
+                blocks = _blocks(shard, form, encoding, start, _unparsed_records(stream, form, encoding), raw)
             for block in blocks:
-                start, position = block.start + len(block.rows), block.position
+                start, position = block.start + len(block.records), block.position
                 yield block
     except FAULTS as error:
         reason = str(error) if isinstance(error, BrokenError) else f"cannot be read ({one_line(error)})"
@@ -152,13 +152,13 @@ def read_blocks(shard: Path) -> Iterator[Block]:
 
 
 def _blocks(
-    shard: Path, form: str, encoding: str, start: int, rows: Iterator, raw: io.BufferedReader
+    shard: Path, form: str, encoding: str, start: int, records: Iterator, raw: io.BufferedReader
 ) -> Iterator[Block]:
     """Collect records, each with its size, into blocks; the block where reading fails carries the fault."""
     size = os.fstat(raw.fileno()).st_size
     first, is_last = start, False
     while not is_last:
-        block, is_last, error = _next_rows(rows)
+        block, is_last, error = _next_records(records)
         fault = None
         if error:
             unread = max(0, size - raw.tell()) + getattr(error, "num_bytes", 0)
@@ -172,14 +172,14 @@ def _blocks(
         start += len(block)
 
 
-def _next_rows(rows: Iterator[tuple[object, int]]) -> tuple[list, bool, Exception | None]:
+def _next_records(records: Iterator[tuple[object, int]]) -> tuple[list, bool, Exception | None]:
     """Return the records of the next block, whether it is the last, and the error that ended it, if any."""
     block, num_bytes = [], 0
     try:
-        for row, row_bytes in rows:
-            block.append(row)
-            num_bytes += row_bytes
-            if len(block) == BLOCK_ROWS or num_bytes >= BLOCK_BYTES:
+        for record, record_bytes in records:
+            block.append(record)
+            num_bytes += record_bytes
+            if len(block) == BLOCK_RECORDS or num_bytes >= BLOCK_BYTES:
                 return block, False, None
     except FAULTS as error:
         return block, True, error
@@ -205,7 +205,7 @@ def _look_into(stream: io.BufferedIOBase) -> tuple[str, str, int]:
     return form, encoding, len(mark)
 
 
-def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
+def _unparsed_records(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
     """Yield the records of a text file, each with its size: lines as UTF-8 or GB18030 bytes, others as JSON values."""
     if form != "lines":
         return values_of(stream, form, encoding)
@@ -214,13 +214,13 @@ def _rows_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tu
 
 def _lines(stream: io.BufferedIOBase | io.TextIOWrapper) -> Iterator[tuple[bytes | str | None, int]]:
     ends = (b"\n", "\n")
-    while line := stream.readline(MAX_ROW_BYTES):
-        if len(line) < MAX_ROW_BYTES or line[-1:] in ends:
+    while line := stream.readline(MAX_RECORD_BYTES):
+        if len(line) < MAX_RECORD_BYTES or line[-1:] in ends:
             yield line, len(line)
             continue
         while line and line[-1:] not in ends:
-            line = stream.readline(MAX_ROW_BYTES)
-        yield None, MAX_ROW_BYTES
+            line = stream.readline(MAX_RECORD_BYTES)
+        yield None, MAX_RECORD_BYTES
 
 
 def _utf16_lines(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[bytes | None, int]]:
@@ -237,7 +237,7 @@ def _parquet_blocks(shard: Path) -> Iterator[Block]:
     start, size = 0, shard.stat().st_size
     with parquet.ParquetFile(shard, memory_map=True) as file:
         num_rows = file.metadata.num_rows
-        for batch in file.iter_batches(BLOCK_ROWS):
+        for batch in file.iter_batches(BLOCK_RECORDS):
             position = size * (start + len(batch)) // num_rows
             yield Block(shard, "parquet", "utf-8", start, batch, position)
             start += len(batch)
@@ -251,14 +251,14 @@ def records_of(block: Block) -> Iterator[tuple[int, object]]:
     if block.form == "parquet":
         yield from _parquet_records(block)
         return
-    for number, row in enumerate(block.rows, block.start):
+    for number, record in enumerate(block.records, block.start):
         if block.form != "lines":
-            yield number, row
-        elif row is None:
+            yield number, record
+        elif record is None:
             place = place_of(block.shard, block.form, number)
-            yield number, Refused(place, f"over {MAX_ROW_BYTES // 2**20} MiB long, too long for one row")
-        elif row.strip():
-            yield number, _parse_line(row, block, number)
+            yield number, Refused(place, f"over {MAX_RECORD_BYTES // 2**20} MiB long, too long for one row")
+        elif record.strip():
+            yield number, _parse_line(record, block, number)
 
 
 def _parse_line(line: bytes, block: Block, number: int) -> object:
@@ -272,19 +272,14 @@ def _parse_line(line: bytes, block: Block, number: int) -> object:
 
 
 def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
-    names = block.rows.schema.names if len(block.rows) else []
+    names = block.records.schema.names if len(block.records) else []
     record = dict if len(set(names)) == len(names) else RepeatedKeys
-    for number in range(len(block.rows)):
+    for number in range(len(block.records)):
         try:
-            yield block.start + number, record(block.rows.slice(number, 1).to_pylist()[0])
+            yield block.start + number, record(block.records.slice(number, 1).to_pylist()[0])
         except UnicodeDecodeError:
             reason = "contains bytes that are not UTF-8"
-        except (
-            ValueError,
-            OverflowError,
-            LookupError,
-            pa.ArrowException,
-        ) as error:  # dates and time zones outside Python's range
+        except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # dates beyond Python's
             reason = f"contains a value that cannot be read ({one_line(error)})"
         else:
             continue

@@ -15,14 +15,14 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from sft.data.encode import Encoder, group
-from sft.data.formats import Row, read_all
+from sft.data.formats import Sample, read_all
 from sft.data.packing import pack
 from sft.data.sequences import NOT_PACKED, Sequences
 from sft.data.shards import NUM_NAMED, Refused, size_of
 from sft.machine import gib
 from sft.program import OneRankError, UserError
 
-BUFFER_ROWS = 10_000  # in memory, from which the next one is drawn
+BUFFER_SAMPLES = 10_000  # in memory, from which the next one is drawn
 ENCODED_REPLIES = 1000  # tokenised and packed together on one rank; a conversation has several
 JUDGED_ROWS = 1000  # read before the refused fraction may end the run
 
@@ -57,48 +57,48 @@ class StreamedSequences(Sequences, IterableDataset):
                 lines.truncate(self.noted_bytes)
         drawn = chain.from_iterable(map(self._drawn, count()))
         rounds = zip(*[drawn] * self.world_size, strict=True)  # one for each rank
-        while rows := [of_ranks[self.rank] for of_ranks in some_of(rounds)]:
+        while samples := [of_ranks[self.rank] for of_ranks in some_of(rounds)]:
             tokenised = [
                 [ids for example in together for ids in (example.prompt, example.answer)]
-                for examples in self.encoder.encode(rows)
+                for examples in self.encoder.encode(samples)
                 for together in group(examples, self.encoder.max_length)
             ]
             for parts in self._packed(tokenised) if self.is_packed else tokenised:
                 self.has_begun = True
                 yield {"input_ids": list(chain.from_iterable(parts)), "lengths": list(map(len, parts))}
 
-    def _packed(self, rows: list[list[list[int]]]) -> Iterator[list[list[int]]]:
-        lengths = np.array([sum(map(len, parts)) for parts in rows])
+    def _packed(self, samples: list[list[list[int]]]) -> Iterator[list[list[int]]]:
+        lengths = np.array([sum(map(len, parts)) for parts in samples])
         sequence_of = pack(lengths, self.encoder.max_length, self.seed)
         for sequence in np.random.default_rng(self.seed).permutation(sequence_of.max() + 1):
-            yield [ids for index in np.flatnonzero(sequence_of == sequence) for ids in rows[index]]
+            yield [ids for index in np.flatnonzero(sequence_of == sequence) for ids in samples[index]]
 
-    def _drawn(self, epoch: int) -> Iterator[Row]:
+    def _drawn(self, epoch: int) -> Iterator[Sample]:
         """Yield the samples of an epoch; (seed, epoch) decides the order of files and of samples within a buffer."""
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.files)) if self.shuffle else range(len(self.files))
-        rows = (row for index in order for row in self._kept(self.files[index], epoch))
-        buffer = list(islice(rows, BUFFER_ROWS if self.shuffle else 1))
+        samples = (sample for index in order for sample in self._kept(self.files[index], epoch))
+        buffer = list(islice(samples, BUFFER_SAMPLES if self.shuffle else 1))
         if not buffer:
             raise UserError(f"there are no rows to train on; {self.notes} lists what was refused")
-        for row in rows:
+        for sample in samples:
             index = generator.integers(len(buffer))
             yield buffer[index]
-            buffer[index] = row
+            buffer[index] = sample
         self._judge()
         yield from (buffer[index] for index in generator.permutation(len(buffer)))
 
-    def _kept(self, file: Path, epoch: int) -> Iterator[Row]:
+    def _kept(self, file: Path, epoch: int) -> Iterator[Sample]:
         """Yield the samples of a file; in the first epoch count the rows and note those that are refused."""
-        for row in read_all(file):
+        for sample in read_all(file):
             if epoch == 0:
                 self.num_rows += 1
-                if isinstance(row, Refused):
-                    self._refuse(row)
+                if isinstance(sample, Refused):
+                    self._refuse(sample)
                 if self.num_rows >= JUDGED_ROWS:
                     self._judge()
-            if isinstance(row, Row):
-                yield row
+            if isinstance(sample, Sample):
+                yield sample
 
     def _refuse(self, refused: Refused) -> None:
         self.num_refused += 1
@@ -123,9 +123,9 @@ class StreamedSequences(Sequences, IterableDataset):
 
     def first(self) -> dict[str, list[int]]:
         """Return the first example of the files as a sequence of its own; raise UserError if there is none."""
-        for row in chain.from_iterable(map(read_all, self.files)):
-            if isinstance(row, Row):
-                example = self.encoder.encode([row])[0][0]
+        for sample in chain.from_iterable(map(read_all, self.files)):
+            if isinstance(sample, Sample):
+                example = self.encoder.encode([sample])[0][0]
                 lengths = [len(example.prompt), len(example.answer)]
                 return {"input_ids": example.prompt + example.answer, "lengths": lengths}
         raise UserError(f"there are no rows to train on in {self.files[0].parent}")
@@ -153,11 +153,11 @@ class StreamedSequences(Sequences, IterableDataset):
         return f"{self.num_rows:,} rows read while training, {self.num_refused:,} refused"
 
 
-def some_of(rounds: Iterator[tuple[Row, ...]]) -> Iterator[tuple[Row, ...]]:
+def some_of(rounds: Iterator[tuple[Sample, ...]]) -> Iterator[tuple[Sample, ...]]:
     """Yield rounds of one sample per rank until they have ENCODED_REPLIES replies per rank."""
     num_replies = 0
-    for rows in rounds:
-        yield rows
-        num_replies += sum(1 + len(row.history) for row in rows)
-        if num_replies >= ENCODED_REPLIES * len(rows):
+    for samples in rounds:
+        yield samples
+        num_replies += sum(1 + len(sample.history) for sample in samples)
+        if num_replies >= ENCODED_REPLIES * len(samples):
             return

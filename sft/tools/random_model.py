@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sft.data.formats import read_rows
+from sft.data.formats import read_samples
 from sft.data.shards import find_shards
 from sft.program import ArgumentParser, UserError, run_program
 
@@ -162,7 +162,7 @@ def save_random_model(shape: str, texts: Iterable[str], output: Path, seed: int 
 def read_texts(path: str) -> Iterator[str]:
     """Yield the prompts and answers of the rows at `path`, to train a vocabulary on."""
     for shard in find_shards(path):
-        for row in read_rows(shard):
+        for row in read_samples(shard):
             yield row.prompt
             yield row.output
 

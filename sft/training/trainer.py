@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from sft.data.order import EpochOrder, EvenRows
+from sft.data.order import EpochOrder, EvenSequences
 from sft.model import lora, patch
 from sft.program import InterruptedRunError, UserError
 from sft.training import checkpoints, disk
@@ -64,7 +64,7 @@ class Trainer(transformers.Trainer):
             # Not by accelerate: it would read the stream on one rank, and cut the flat batches up for the others.
             return DataLoader(dataset, batch_size, collate_fn=self.data_collator)
         return super()._get_dataloader(
-            EvenRows(dataset, batch_size * self.args.world_size), description, batch_size, *args, **kwargs
+            EvenSequences(dataset, batch_size * self.args.world_size), description, batch_size, *args, **kwargs
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:

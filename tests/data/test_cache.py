@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import cache
 from sft.data.encode import Encoder
-from sft.data.formats import Row
+from sft.data.formats import Sample
 from sft.data.load import load_examples
 from sft.data.report import DataReport
 from sft.model.load import load_tokenizer
@@ -27,7 +27,7 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Return a function that gives how many rows were encoded since it was last called."""
     counted, encode = [], Encoder.encode
 
-    def encode_and_count(encoder: Encoder, rows: list[Row]):
+    def encode_and_count(encoder: Encoder, rows: list[Sample]):
         counted.extend(rows)
         return encode(encoder, rows)
 

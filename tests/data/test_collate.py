@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.collate import flatten, labels_of
-from sft.data.encode import Encoder, encode_rows
-from sft.data.formats import Row
+from sft.data.encode import Encoder, encode_samples
+from sft.data.formats import Sample
 from sft.model.load import load_tokenizer
 from sft.model.loss import label_positions
 
@@ -67,7 +67,7 @@ def test_joining_leaves_the_examples_as_they_were():
     assert examples == before
 
 
-def rows_of_tokens(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+def rows_of_tokens(rows: list[Sample], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
     """Return rows of one reply as `flatten` takes them."""
     examples = [example for [example] in Encoder(tokenizer).encode(rows)]
     pairs = [(example.prompt, example.answer) for example in examples]
@@ -78,7 +78,7 @@ def test_tokenised_rows_join_into_what_they_are_alone(tokenizer: PreTrainedToken
     tokenizer.model_max_length = 2048
     rng = random.Random(2)
     texts = [["".join(rng.choices(NASTY, k=rng.randint(1, 40))) for _ in range(3)] for _ in range(9)]
-    rows = [Row(*three, "rows:1") for three in texts]
+    rows = [Sample(*three, "rows:1") for three in texts]
     examples = rows_of_tokens(rows, tokenizer)
     parts = flatten(examples)["input_ids"].split([len(example["input_ids"]) for example in examples], dim=1)
     assert [part[0].tolist() for part in parts] == [example["input_ids"] for example in examples]
@@ -94,10 +94,10 @@ def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], P
     tokenizer = load_tokenizer(str(make_model("falcon-tiny")))
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos
-    rows = [Row("问", "", "答", "a"), Row("问", "", "长" * 9, "b")]
+    rows = [Sample("问", "", "答", "a"), Sample("问", "", "长" * 9, "b")]
     examples = rows_of_tokens(rows, tokenizer)
     row = flatten(examples)
     ends = [len(examples[0]["input_ids"]) - 1, row["input_ids"].shape[1] - 1]
     assert (row["input_ids"][0] == eos).nonzero().flatten().tolist() == ends
     assert row["labels"][0, ends].tolist() == [eos, eos]
-    assert row["labels"][0].tolist() == [label for each in encode_rows(rows, tokenizer) for label in each["labels"]]
+    assert row["labels"][0].tolist() == [label for each in encode_samples(rows, tokenizer) for label in each["labels"]]

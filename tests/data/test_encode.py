@@ -9,8 +9,8 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.encode import Encoder, check_length, cuts_at_the_template, encode_rows
-from sft.data.formats import Row, read_rows
+from sft.data.encode import Encoder, check_length, cuts_at_the_template, encode_samples
+from sft.data.formats import Sample, read_samples
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
 from sft.program import UserError
@@ -27,17 +27,17 @@ def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path])
     return load_tokenizer(str(make_model(request.param)))
 
 
-def random_rows(alphabet: str, number: int, seed: int) -> list[Row]:
+def random_rows(alphabet: str, number: int, seed: int) -> list[Sample]:
     rng = random.Random(seed)
 
     def text(longest: int) -> str:
         return "".join(rng.choices(alphabet, k=rng.randint(1, longest)))
 
-    return [Row(text(40), text(40) if i % 2 else "", "答" + text(40), f"rows:{i}") for i in range(number)]
+    return [Sample(text(40), text(40) if i % 2 else "", "答" + text(40), f"rows:{i}") for i in range(number)]
 
 
-def sample_rows() -> list[Row]:
-    return [row for shard in find_shards(str(SAMPLE)) for row in read_rows(shard)]
+def sample_rows() -> list[Sample]:
+    return [row for shard in find_shards(str(SAMPLE)) for row in read_samples(shard)]
 
 
 def split_labels(example: dict) -> tuple[list[int], list[int], str]:
@@ -50,13 +50,13 @@ def split_labels(example: dict) -> tuple[list[int], list[int], str]:
     return example["input_ids"][:num_prompt], labels, example["note"]
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], str]:
+def encode(row: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], str]:
     """Return prompt, answer and note of a row with one reply."""
-    [example] = encode_rows([row], tokenizer)
+    [example] = encode_samples([row], tokenizer)
     return split_labels(example)
 
 
-def replies_of(row: Row) -> list[tuple[str, str]]:
+def replies_of(row: Sample) -> list[tuple[str, str]]:
     """Return the prompt that inference would ask for each reply of a row with, and the reply."""
     if row.input:
         return [(build_prompt(row.instruction, row.input), row.output)]
@@ -68,13 +68,13 @@ def replies_of(row: Row) -> list[tuple[str, str]]:
     return replies
 
 
-def whole(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def whole(row: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the ids of a row's prompt and answer, by the tokenizer alone."""
     prompt = tokenizer(build_prompt(row.instruction, row.input)).input_ids
     return prompt, [*tokenizer(row.output).input_ids, tokenizer.eos_token_id]
 
 
-def cut_rows(alphabet: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Row, list[int], list[int], str]]:
+def cut_rows(alphabet: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Sample, list[int], list[int], str]]:
     """Encode random rows, each with a random length limit, from the shortest that is allowed to beyond the row."""
     tokenizer.model_max_length = 2048
     encoder, rng = Encoder(tokenizer), random.Random(1)
@@ -98,7 +98,7 @@ def cut_rows(alphabet: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Ro
 
 def test_labels_of_every_sample_row_are_the_answers_and_eos(tokenizer: PreTrainedTokenizerBase):
     rows = sample_rows()
-    encoded = encode_rows(rows, tokenizer)
+    encoded = encode_samples(rows, tokenizer)
     for row in rows:
         for _, reply in replies_of(row):
             example = next(encoded)
@@ -112,7 +112,7 @@ def test_prompt_of_every_sample_reply_is_what_inference_sees(tokenizer: PreTrain
     rows = sample_rows()
     expected = [prompt for row in rows for prompt, _ in replies_of(row)]
     assert len(expected) > len(rows), "no conversation is among them"
-    for prompt, example in zip(expected, encode_rows(rows, tokenizer), strict=True):
+    for prompt, example in zip(expected, encode_samples(rows, tokenizer), strict=True):
         assert split_labels(example)[0] == tokenizer(prompt).input_ids
 
 
@@ -120,9 +120,9 @@ def test_the_last_reply_of_a_written_history_has_the_prompt_of_the_text_as_it_st
     tokenizer: PreTrainedTokenizerBase,
 ):
     shard, num_histories = SAMPLE / "multiturn_chat_0.8M.json", 0
-    for row, line in zip(read_rows(shard), shard.read_text(encoding="utf-8").splitlines(), strict=True):
+    for row, line in zip(read_samples(shard), shard.read_text(encoding="utf-8").splitlines(), strict=True):
         written = json.loads(line)["instruction"]
-        *_, last = encode_rows([row], tokenizer)
+        *_, last = encode_samples([row], tokenizer)
         if row.history:
             assert split_labels(last)[0] == tokenizer(build_prompt(written)).input_ids
             num_histories += 1
@@ -133,7 +133,7 @@ def test_the_last_reply_of_a_written_history_has_the_prompt_of_the_text_as_it_st
 
 
 def test_no_token_reaches_over_the_joint():
-    row = Row("问", "", "好的", "rows:1")
+    row = Sample("问", "", "好的", "rows:1")
     tokenizer = train_tokenizer("bloom", [build_prompt("问") + "好的"] * 9, 1024)
     prompt, answer = whole(row, tokenizer)
     assert tokenizer(build_prompt("问") + "好的").input_ids != [*prompt, *answer[:-1]]
@@ -170,7 +170,7 @@ NOT_AT_THE_TEMPLATE = {
 
 @pytest.mark.parametrize("how", [*NOT_AT_THE_TEMPLATE, "text is rewritten"])
 def test_a_tokenizer_that_does_not_cut_at_the_template_is_given_the_whole_prompt(how: str):
-    row = Row("问", "", "好的", "rows:1")
+    row = Sample("问", "", "好的", "rows:1")
     tokenizer = train_tokenizer("falcon", [build_prompt("问") + "好的"] * 9, 1024)
     assert cuts_at_the_template(tokenizer)
     if how == "text is rewritten":
@@ -230,9 +230,9 @@ def test_note_counts_the_tokens_that_were_cut(tokenizer: PreTrainedTokenizerBase
 
 def test_length_is_that_of_whole_and_cut_rows(tokenizer: PreTrainedTokenizerBase):
     tokenizer.model_max_length = 120
-    rows = [Row("问", "", "答", "rows:1"), Row("尾", "", "长" * 300, "rows:2")]
+    rows = [Sample("问", "", "答", "rows:1"), Sample("尾", "", "长" * 300, "rows:2")]
     short = sum(map(len, whole(rows[0], tokenizer)))
-    assert [example["length"] for example in encode_rows(rows, tokenizer)] == [short, 120]
+    assert [example["length"] for example in encode_samples(rows, tokenizer)] == [short, 120]
 
 
 def test_too_short_length_is_refused(tokenizer: PreTrainedTokenizerBase):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sft import IGNORE_INDEX
 from sft.data.collate import flatten, labels_of
 from sft.data.encode import Encoder, Example, group
-from sft.data.formats import Row, read_rows
+from sft.data.formats import Sample, read_samples
 from sft.data.load import load_examples
 from sft.model import patch
 from sft.model.load import load_tokenizer
@@ -105,7 +105,7 @@ def test_every_reply_of_every_shape_follows_the_prompt_that_the_chat_asks_for_it
 ):
     conversations = [TURNS[:length] for length in range(1, len(TURNS) + 1)]
     file = write(tmp_path / "rows.jsonl", *(SHAPES[name](turns, system) for turns in conversations))
-    encoded = Encoder(tokenizer).encode(list(read_rows(file)))
+    encoded = Encoder(tokenizer).encode(list(read_samples(file)))
     for turns, examples in zip(conversations, encoded, strict=True):
         expected = [plain_ids(turns[:number], tokenizer, system) for number in range(1, len(turns) + 1)]
         assert ids_of(examples) == expected
@@ -124,21 +124,21 @@ def test_a_history_in_the_instruction_gives_the_same_examples(tokenizer, tmp_pat
         *history, (question, reply) = TURNS[:number]
         so_far = "".join(f"Human:{asked}\nAssistant:{said}\n" for asked, said in history)
         records.append({"instruction": f"{so_far}Human:{question}\nAssistant:", "input": "", "output": reply})
-    rows = list(read_rows(write(tmp_path / "rows.jsonl", *records)))
+    rows = list(read_samples(write(tmp_path / "rows.jsonl", *records)))
     for number, examples in enumerate(Encoder(tokenizer).encode(rows), 1):
         assert ids_of(examples) == [plain_ids(TURNS[:last], tokenizer) for last in range(1, number + 1)]
         assert examples[0].prompt == tokenizer(build_prompt(TURNS[0][0])).input_ids
 
 
 def test_all_shapes_give_one_and_the_same_row(tmp_path):
-    rows = [list(read_rows(write(tmp_path / "rows.jsonl", make(TURNS, SYSTEM)))) for make in SHAPES.values()]
+    rows = [list(read_samples(write(tmp_path / "rows.jsonl", make(TURNS, SYSTEM)))) for make in SHAPES.values()]
     assert rows == [rows[0]] * len(rows)
     assert (rows[0][0].history, rows[0][0].system) == (tuple(TURNS[:-1]), SYSTEM + "\n")
 
 
 def test_the_input_of_an_alpaca_row_with_a_history_stands_below_its_question(tokenizer, tmp_path):
     record = {**as_pairs(TURNS[:2], None), "input": "材料"}
-    [row] = read_rows(write(tmp_path / "rows.jsonl", record))
+    [row] = read_samples(write(tmp_path / "rows.jsonl", record))
     (question, reply) = TURNS[1]
     expected = plain_ids([TURNS[0], (f"{question}\n材料", reply)], tokenizer)
     assert ids_of(Encoder(tokenizer).encode([row])[0]) == [plain_ids(TURNS[:1], tokenizer), expected]
@@ -181,9 +181,9 @@ def random_conversation(rng: random.Random, alphabet: str) -> tuple[list[Turn], 
     return turns, rng.choice([None, text(9)])
 
 
-def to_row(turns: Sequence[Turn], system: str | None = None) -> Row:
+def to_row(turns: Sequence[Turn], system: str | None = None) -> Sample:
     (question, reply) = turns[-1]
-    return Row(question, "", reply, "rows:1", tuple(turns[:-1]), "" if system is None else f"{system}\n")
+    return Sample(question, "", reply, "rows:1", tuple(turns[:-1]), "" if system is None else f"{system}\n")
 
 
 def shortest_length(tokenizer: PreTrainedTokenizerBase) -> int:

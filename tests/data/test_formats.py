@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.formats import Row, read_all, read_rows
+from sft.data.formats import Sample, read_all, read_samples
 from sft.data.shards import Refused
 from sft.program import UserError
 from support.files import GOOD, RECORDS, as_lines, write
@@ -13,7 +13,7 @@ from support.files import GOOD, RECORDS, as_lines, write
 
 def error_of(file: Path) -> str:
     with pytest.raises(UserError) as caught:
-        list(read_rows(file))
+        list(read_samples(file))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -21,7 +21,7 @@ def error_of(file: Path) -> str:
 
 @pytest.mark.parametrize("content", [as_lines(RECORDS), json.dumps(RECORDS), json.dumps(RECORDS, indent=1)])
 def test_lines_and_array_give_the_same_rows(tmp_path: Path, content: str):
-    rows = list(read_rows(write(tmp_path, content)))
+    rows = list(read_samples(write(tmp_path, content)))
     expected = [("甲\n乙", "丙", "丁"), ("\u2028行", "", "\n尾\n"), ("无", "", "😀")]
     assert [(row.instruction, row.input, row.output) for row in rows] == expected
     assert {(row.history, row.system, row.note) for row in rows} == {((), "", "")}
@@ -29,16 +29,16 @@ def test_lines_and_array_give_the_same_rows(tmp_path: Path, content: str):
 
 def test_place_of_a_line_counts_blank_lines(tmp_path: Path):
     file = write(tmp_path, f"\n{GOOD}\n\n  \n{GOOD}")
-    assert [row.place for row in read_rows(file)] == [f"{file}:2", f"{file}:5"]
+    assert [row.place for row in read_samples(file)] == [f"{file}:2", f"{file}:5"]
 
 
 def test_place_in_an_array_is_the_index(tmp_path: Path):
     file = write(tmp_path, f"[{GOOD}, {GOOD}]")
-    assert [row.place for row in read_rows(file)] == [f"{file}[0]", f"{file}[1]"]
+    assert [row.place for row in read_samples(file)] == [f"{file}[0]", f"{file}[1]"]
 
 
 def test_rows_come_before_a_later_bad_line_is_met(tmp_path: Path):
-    rows = read_rows(write(tmp_path, GOOD + "\nbad\n"))
+    rows = read_samples(write(tmp_path, GOOD + "\nbad\n"))
     assert next(rows).output == "好"
     with pytest.raises(UserError):
         next(rows)
@@ -47,7 +47,7 @@ def test_rows_come_before_a_later_bad_line_is_met(tmp_path: Path):
 def test_rows_behind_a_bad_line_are_read_on(tmp_path: Path):
     file = write(tmp_path, f"{GOOD}\nbad\n{GOOD}\n")
     first, refused, last = read_all(file)
-    assert (first, last) == (Row("你", "们", "好", f"{file}:1"), Row("你", "们", "好", f"{file}:3"))
+    assert (first, last) == (Sample("你", "们", "好", f"{file}:1"), Sample("你", "们", "好", f"{file}:3"))
     assert isinstance(refused, Refused) and refused.place == f"{file}:2"
 
 

@@ -22,7 +22,7 @@ from sft import IGNORE_INDEX
 from sft.data import cache
 from sft.data.collate import labels_of
 from sft.data.encode import Encoder
-from sft.data.formats import ROLES, SHAPES, Pair, Row, Shape, Turns, read_all, read_rows, split_history
+from sft.data.formats import ROLES, SHAPES, Pair, Sample, Shape, Turns, read_all, read_samples, split_history
 from sft.data.shards import Refused
 from sft.model.load import load_tokenizer
 from sft.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, build_chat_prompt, build_prompt
@@ -116,7 +116,7 @@ def spoil(content: bytes, changes: list[tuple]) -> bytes:
     return bytes(spoilt)
 
 
-def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> list[Row | Refused]:
+def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> list[Sample | Refused]:
     """Check that the reader and the cache agree on every row of a file, and return the rows."""
     file = folder / "rows.json"
     file.write_bytes(content)
@@ -129,7 +129,7 @@ def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> lis
     assert noted == [(each.place, f"refused: {each.reason}") for each in refused]
     assert counts["unread_bytes"] == sum(each.num_bytes for each in refused) <= counts["num_bytes"] == len(content)
     assert {(row["file"], row["row"]) for row in rows} == {
-        (0, int(each.place.removeprefix(str(file)).strip(":[]"))) for each in found if isinstance(each, Row)
+        (0, int(each.place.removeprefix(str(file)).strip(":[]"))) for each in found if isinstance(each, Sample)
     }
     assert all(each.reason and "\n" not in each.reason for each in refused)
     return found
@@ -163,7 +163,7 @@ def test_a_file_cut_anywhere_gives_every_row_before_the_cut(folder: Path, text: 
     @given(st.integers(0, len(content)))
     def check(length: int) -> None:
         (folder / "rows.json").write_bytes(content[:length])
-        rows = [each for each in read_all(folder / "rows.json") if isinstance(each, Row)]
+        rows = [each for each in read_all(folder / "rows.json") if isinstance(each, Sample)]
         # Half a line end, of UTF-16, makes its line one that cannot be read, and that is said.
         half = text is LINES and encoding.startswith("utf-16")
         number = sum(end <= length and not (half and length == end + 1) for end in ends)
@@ -320,7 +320,7 @@ def test_rows_of_every_shape_keep_their_texts(folder: Path, shape: Shape):
     def check(talks: list[Talk], form: str) -> None:
         file = folder / "rows.json"
         write_talks(file, talks, shape, form)
-        for talk, row in zip(talks, read_rows(file), strict=True):
+        for talk, row in zip(talks, read_samples(file), strict=True):
             messages, input = messages_of(talk, shape)
             system = [message["content"] + "\n" for message in messages if message["role"] == "system"]
             question, reply = messages[-1]["content"], talk.pairs[-1][1]

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.cache import lengths_of
 from sft.data.collate import labels_of
-from sft.data.encode import encode_rows
-from sft.data.formats import Row, read_rows
+from sft.data.encode import encode_samples
+from sft.data.formats import Sample, read_samples
 from sft.data.load import hold_out, load_examples
 from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
@@ -34,12 +34,12 @@ def record(instruction: str, output: str, input: str = "") -> dict[str, str]:
     return {"instruction": instruction, "input": input, "output": output}
 
 
-def list_rows(records: list[dict[str, str]]) -> list[Row]:
+def list_rows(records: list[dict[str, str]]) -> list[Sample]:
     """Return those records that are rows."""
-    return [Row(each["instruction"], each["input"], each["output"], "rows:1") for each in records if each["output"]]
+    return [Sample(each["instruction"], each["input"], each["output"], "rows:1") for each in records if each["output"]]
 
 
-def parts_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def parts_of(row: Sample, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the ids of each prompt of a row and of its answer by turns, by the tokenizer alone."""
     if row.input:
         asked = [(build_prompt(row.instruction, row.input), row.output)]
@@ -79,7 +79,7 @@ def test_report_counts_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: P
 def test_report_counts_the_tokens_of_the_sample(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     tokenizer.model_max_length = 2048
     examples, report = load_examples(str(SAMPLE), tokenizer, str(tmp_path))
-    expected = [parts_of(row, tokenizer) for shard in find_shards(str(SAMPLE)) for row in read_rows(shard)]
+    expected = [parts_of(row, tokenizer) for shard in find_shards(str(SAMPLE)) for row in read_samples(shard)]
     assert [example["input_ids"] for example in examples] == [sum(parts, []) for parts in expected]
     assert [example["lengths"] for example in examples] == [list(map(len, parts)) for parts in expected]
     counts = report.counts
@@ -94,7 +94,7 @@ def test_report_counts_the_tokens_of_the_sample(tokenizer: PreTrainedTokenizerBa
 def test_length_is_that_of_kept_and_cut_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     tokenizer.model_max_length = 120
     records = [record("问", "答"), record("空", ""), record("尾", "长" * 300)]
-    [short, _] = [example["length"] for example in encode_rows(list_rows(records), tokenizer)]
+    [short, _] = [example["length"] for example in encode_samples(list_rows(records), tokenizer)]
     examples, _ = load_examples(write_rows(tmp_path / "rows.json", records), tokenizer, str(tmp_path / "cache"))
     assert examples["length"][:] == lengths_of(examples).tolist() == [short, 120]
     assert lengths_of(examples, "labelled").tolist() == [example["lengths"][1] for example in examples]

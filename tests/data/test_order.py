@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from sft import IGNORE_INDEX
 from sft.data.collate import flatten, labels_of
-from sft.data.order import EMPTY_ROW, EpochOrder, EvenRows
+from sft.data.order import EMPTY_SEQUENCE, EpochOrder, EvenSequences
 from sft.data.packing import PackedSequences
 from sft.training.trainer import Trainer
 
@@ -35,34 +35,34 @@ def packed() -> PackedSequences:
     return PackedSequences(datasets.Dataset.from_dict(columns), 8)
 
 
-# ------------------------------------------------------------------------------------------ EvenRows
+# ------------------------------------------------------------------------------------------ EvenSequences
 
 
 @pytest.mark.parametrize("number", [1, 5, 6, 7, 12])
 @pytest.mark.parametrize("multiple", [1, 2, 3, 6, 20])
 def test_the_length_is_the_next_multiple_and_no_row_changes(number, multiple):
     rows = rows_of(number)
-    even = EvenRows(rows, multiple)
+    even = EvenSequences(rows, multiple)
     assert len(even) % multiple == 0 and 0 <= len(even) - number < multiple
     assert [even[index] for index in range(number)] == rows
-    assert all(even[index] == EMPTY_ROW for index in range(number, len(even)))
+    assert all(even[index] == EMPTY_SEQUENCE for index in range(number, len(even)))
 
 
 def test_no_row_is_added_where_they_fit():
-    assert len(EvenRows(rows_of(6), 3)) == 6
-    assert EvenRows(rows_of(6), 3).num_empty == 0
+    assert len(EvenSequences(rows_of(6), 3)) == 6
+    assert EvenSequences(rows_of(6), 3).num_empty == 0
 
 
 def test_an_empty_row_has_a_token_and_no_label():
-    flat = flatten([EvenRows(rows_of(1), 2)[1]])
+    flat = flatten([EvenSequences(rows_of(1), 2)[1]])
     assert flat["input_ids"].shape == (1, 1)
     assert flat["labels"].tolist() == [[IGNORE_INDEX]]
     # flatten takes the first label of every example away, also in a row that had one.
-    assert labels_of(EvenRows(rows_of(1), 2)[1]) == [IGNORE_INDEX]
+    assert labels_of(EvenSequences(rows_of(1), 2)[1]) == [IGNORE_INDEX]
 
 
 def test_packed_rows_and_empty_ones_share_a_flat_batch(packed):
-    even = EvenRows(packed, 7)
+    even = EvenSequences(packed, 7)
     assert len(packed) == 3 and len(even) == 7
     first, second = packed[2], packed[0]
     flat = flatten([even[2], even[3], even[0], even[6]])
@@ -77,7 +77,7 @@ def test_packed_rows_and_empty_ones_share_a_flat_batch(packed):
 # ----------------------------------------------------------------------------------------------------------- EpochOrder
 
 
-def order_of(rows: EvenRows, seed: int, epoch: int) -> list[int]:
+def order_of(rows: EvenSequences, seed: int, epoch: int) -> list[int]:
     order = EpochOrder(rows, seed)
     order.set_epoch(epoch)
     return list(order)
@@ -86,7 +86,7 @@ def order_of(rows: EvenRows, seed: int, epoch: int) -> list[int]:
 @pytest.mark.parametrize("number", SIZES)
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_an_epoch_has_every_row_once_and_the_empty_ones_last(number, epoch):
-    rows = EvenRows(rows_of(number), 6)
+    rows = EvenSequences(rows_of(number), 6)
     order = order_of(rows, 42, epoch)
     assert sorted(order[:number]) == list(range(number))
     assert order[number:] == list(range(number, len(rows)))
@@ -94,7 +94,7 @@ def test_an_epoch_has_every_row_once_and_the_empty_ones_last(number, epoch):
 
 
 def test_the_order_is_that_of_seed_and_epoch_alone():
-    rows = EvenRows(rows_of(50), 8)
+    rows = EvenSequences(rows_of(50), 8)
     orders = {(seed, epoch): order_of(rows, seed, epoch) for seed, epoch in product(range(4), range(4))}
     assert len(set(map(tuple, orders.values()))) == 16
     torch.manual_seed(1)
@@ -107,9 +107,9 @@ def test_the_order_is_that_of_seed_and_epoch_alone():
 
 
 def test_rows_are_shuffled_and_the_number_of_empty_ones_changes_no_order():
-    order = order_of(EvenRows(rows_of(50), 1), 0, 0)
+    order = order_of(EvenSequences(rows_of(50), 1), 0, 0)
     assert order != sorted(order)
-    assert order_of(EvenRows(rows_of(50), 64), 0, 0)[:50] == order
+    assert order_of(EvenSequences(rows_of(50), 64), 0, 0)[:50] == order
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -117,7 +117,7 @@ def test_rows_are_shuffled_and_the_number_of_empty_ones_changes_no_order():
 
 def batches_of_ranks(number: int, world: int, batch_size: int, epoch: int) -> list[list[list[int]]]:
     """Return each rank's batches, by the shares that accelerate gives the ranks."""
-    rows = EvenRows(rows_of(number), batch_size * world)
+    rows = EvenSequences(rows_of(number), batch_size * world)
 
     def batches_of(rank: int) -> list[list[int]]:
         order = EpochOrder(rows, 7)
@@ -191,7 +191,7 @@ def tokens_of(loader: DataLoader) -> list[list[int]]:
 
 
 def tokens_in_order(epoch: int, seed: int) -> list[list[int]]:
-    rows = EvenRows(rows_of(7), 3)
+    rows = EvenSequences(rows_of(7), 3)
     order = order_of(rows, seed, epoch)
     return [[token for row in order[start : start + 3] for token in rows[row]["input_ids"]] for start in (0, 3, 6)]
 

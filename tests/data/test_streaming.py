@@ -30,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path])
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few hundred rows be many buffers, and many rows tokenised together."""
-    monkeypatch.setattr(streaming, "BUFFER_ROWS", 30)
+    monkeypatch.setattr(streaming, "BUFFER_SAMPLES", 30)
     monkeypatch.setattr(streaming, "ENCODED_REPLIES", 21)
 
 
@@ -184,7 +184,7 @@ def test_the_order_is_that_of_the_seed(packing, stream, tasks, small_buffers):
 def count_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     read_all, places = streaming.read_all, []
 
-    def read(file: Path) -> Iterator[formats.Row]:
+    def read(file: Path) -> Iterator[formats.Sample]:
         for row in read_all(file):
             places.append(row.place)
             yield row

@@ -15,7 +15,7 @@ import torch
 
 from sft.chat.model import ChatModel
 from sft.chat.sampling import Sampling
-from sft.data.formats import read_rows
+from sft.data.formats import read_samples
 from sft.prompts import build_prompt
 from sft.web.texts import TEXTS
 from support.serving import Served, served
@@ -260,7 +260,7 @@ def test_exported_file_is_training_data(chat: ChatModel, address: str, visit: Ca
     with page.expect_download() as download:
         page.locator("#export a").click()
     download.value.save_as(tmp_path / download.value.suggested_filename)
-    [row] = read_rows(tmp_path / "写一首诗.json")
+    [row] = read_samples(tmp_path / "写一首诗.json")
     assert list(row.history) == [(QUESTION, "春眠不觉晓，\n  处处闻啼鸟。")]
     assert (row.instruction, row.output) == (SECOND, "春眠不觉晓，\n  处处闻啼鸟。")
 

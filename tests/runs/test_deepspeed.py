@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.data.encode import encode_rows
-from sft.data.formats import read_rows
+from sft.data.encode import encode_samples
+from sft.data.formats import read_samples
 from support.project import PROJECT, SAMPLE
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def mean_loss(folder: Path, rows: Path, dtype: torch.dtype) -> float:
     """Return stock transformers' loss of a folder over all labels of some rows, each alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     loss_sum, num_labels = 0.0, 0
-    for example in encode_rows(list(read_rows(rows)), tokenizer):
+    for example in encode_samples(list(read_samples(rows)), tokenizer):
         with torch.no_grad():
             logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1].float()
         labels = torch.tensor(example["labels"][1:])

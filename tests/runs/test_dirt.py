@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sft import IGNORE_INDEX
 from sft.data import cache, json_stream, shards
 from sft.data.collate import labels_of
-from sft.data.formats import Row, read_all
+from sft.data.formats import Sample, read_all
 from sft.data.load import load_examples
 from sft.data.report import NOTES, DataReport
 from sft.data.shards import NUM_NAMED, Refused, find_shards
@@ -63,11 +63,11 @@ def printed(file: Path) -> str:
     return str(file).encode("utf-8", "backslashreplace").decode()
 
 
-def texts(row: Row) -> dict[str, str]:
+def texts(row: Sample) -> dict[str, str]:
     return {"instruction": row.instruction, "input": row.input, "output": row.output}
 
 
-def numbers(found: list[Row | Refused]) -> list[int]:
+def numbers(found: list[Sample | Refused]) -> list[int]:
     return [int(re.search(r"(\d+)\]?$", each.place)[1]) for each in found]
 
 
@@ -84,7 +84,7 @@ def test_dirt_is_refused_in_its_place_and_the_rest_is_read(kind: Kind, tmp_path:
     kind.write(tmp_path)
     [shard] = find_shards(str(tmp_path))
     found = list(read_all(shard))
-    rows, refused = ([each for each in found if isinstance(each, type)] for type in (Row, Refused))
+    rows, refused = ([each for each in found if isinstance(each, type)] for type in (Sample, Refused))
     assert [texts(row) for row in rows] == list(kind.kept)
     assert [each.place for each in refused] == [printed(shard) + place for place in kind.refused]
     for each, said in zip(refused, kind.refused.values(), strict=True):
@@ -102,7 +102,7 @@ def test_dirt_is_refused_in_its_place_and_the_rest_is_read(kind: Kind, tmp_path:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030"])
 def test_a_line_too_long_is_one_refused_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str):
-    monkeypatch.setattr(shards, "MAX_ROW_BYTES", 2**20)
+    monkeypatch.setattr(shards, "MAX_RECORD_BYTES", 2**20)
     long = dump(row(output="长" * 5 * 2**20))
     file = tmp_path / "rows.json"
     file.write_text(lines(*around(long)), encoding=encoding)
@@ -113,7 +113,7 @@ def test_a_line_too_long_is_one_refused_row(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_element_too_long_to_be_understood_ends_its_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(json_stream, "MAX_ROW_BYTES", 2**20)
+    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 2**20)
     file = tmp_path / "rows.json"
     file.write_text(array(*GOOD)[:-5] + "长" * 5 * 2**20, encoding="utf-8")
     *rows, refused = read_all(file)
@@ -181,10 +181,10 @@ def test_a_path_in_a_closed_folder_is_the_users_mistake(tmp_path: Path):
 def test_a_file_may_be_left_before_its_end(tmp_path: Path, encoding: str):
     file = tmp_path / "rows.json"
     file.write_text(lines(*GOOD * 1000), encoding=encoding)
-    reading = f"next(formats.read_rows(pathlib.Path({str(file)!r})))"
+    reading = f"next(formats.read_samples(pathlib.Path({str(file)!r})))"
     code = f"import pathlib; from sft.data import formats; print({reading})"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    assert result.stdout.startswith("Row(")
+    assert result.stdout.startswith("Sample(")
     assert result.stderr == ""
 
 

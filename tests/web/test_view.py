@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from sft.data.formats import read_rows
+from sft.data.formats import read_samples
 from sft.web import history
 from sft.web.history import MAX_CHARACTERS, MAX_CONVERSATIONS, ListFullError, Store
 from sft.web.texts import EXAMPLES, TEXTS, language_of, say
@@ -128,7 +128,7 @@ def test_export_is_a_row_of_training_data(tmp_path):
     store = talked(("一", "1"), ("没有回答", ""), ("二", "2\n"))
     file = tmp_path / "rows.json"
     file.write_text(history.export(history.opened(store)), encoding="utf-8")
-    [row] = read_rows(file)
+    [row] = read_samples(file)
     assert [*map(tuple, row.history), (row.instruction, row.output)] == [("一", "1"), ("二", "2\n")]
     assert json.loads(history.export(history.opened(talked(("一", ""))))) == []
 
