@@ -74,19 +74,6 @@ def has_own_memory(device: torch.device | None) -> bool:
     return device is not None and device.type not in ("cpu", "mps")
 
 
-def choose_precision(device: torch.device | None) -> tuple[bool, bool]:
-    """Return whether to compute in bf16, and whether in fp16: what an accelerator has; neither on a CPU, None.
-
-    A GPU before Ampere has fp16; what other devices do in fp16 is not known here, and they compute in fp32.
-    """
-    if device is None:
-        return False, False
-    if device.type != "cuda":
-        return is_torch_bf16_gpu_available(), False
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return bf16, not bf16
-
-
 def check_kernels(on_the_cpu: str) -> None:
     """Raise UserError if the installed PyTorch has no kernels for this process's GPU; `on_the_cpu` is what to type."""
     built_for = [int(name.split("_")[1].rstrip("af")) for name in torch.cuda.get_arch_list()]

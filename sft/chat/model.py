@@ -91,10 +91,10 @@ class ChatModel:
         system, turns = split_system(messages)
         contents = [turn["content"] for turn in turns]
         history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
-        row = Row(contents[-1], "", "", "", history, system)
+        sample = Sample(contents[-1], "", "", "", history, system)
         # An answer may take at most half of the context, so that some of the question is always read.
         room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
-        prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(row, room)
+        prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(sample, room)
         longest = max(1, min(sampling.max_new_tokens, self.encoder.max_length - len(prompt)))
         sampling = replace(sampling, max_new_tokens=longest)
         return Reply(self.generate, self.tokenizer, prompt, sampling, turns_left_out, tokens_left_out)
