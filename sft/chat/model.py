@@ -10,6 +10,7 @@ from sft import machine
 from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
+from sft.data.formats import Sample
 from sft.model.int8 import quantize
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line

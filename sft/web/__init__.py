@@ -1,4 +1,4 @@
-"""The chat page: server, page and its texts, the browser's conversations, who is answered when, what is let in.
+"""The chat page: server, page and texts, the browser's conversations, who is answered when, and what is let in.
 
-How an answer is generated is the chat's to decide; nothing here touches a tensor.
+How an answer is generated is the chat room's business; nothing here touches a tensor.
 """

@@ -1,4 +1,4 @@
-"""One question to one or more checkpoints, from its coming to its last token: checked, in line, streamed, told."""
+"""One question to one or more checkpoints, from its arrival to its last token: checked, queued, streamed."""
 
 import asyncio
 import unicodedata
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from sft.chat.model import ChatModel
 from sft.chat.reply import Reply
 from sft.chat.sampling import Sampling
-from sft.web.visitors import RefusedError, Visitor, WaitingLine
+from sft.web.texts import RefusedError
+from sft.web.visitors import Visitor, WaitingLine
 
 Messages = list[dict[str, str]]
 ALLOWED_CONTROLS = "\t\n\r"
@@ -27,7 +28,7 @@ class Limits:
 
 @dataclass
 class Progress:
-    """How far a request is: `ahead` others before it, or its answers so far and the replies behind them."""
+    """How far a request is: how many are `ahead` of it, or its answers so far and the replies they come from."""
 
     ahead: int = 0
     answers: list[str] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Answering:
         limits: Limits = Limits(),
         is_gone: Callable[..., bool] = lambda *sessions: False,
     ):
-        """Take the checkpoints, the line, and a function that tells whether nobody listens any more."""
+        """Take the checkpoints, the queue, and a function that tells whether a visitor has gone."""
         self.chats = list(chats)
         self.line = line
         self.limits = limits
@@ -54,10 +55,10 @@ class Answering:
     async def answer(
         self, visitor: Visitor, conversations: Sequence[Messages], sampling: Sampling
     ) -> AsyncIterator[Progress]:
-        """Yield the progress of the answers to one conversation for each checkpoint, the first ones perhaps alone.
+        """Yield the progress of the answers; conversation i goes to checkpoint i, and there may be fewer of them.
 
-        The last one is `finished`, unless the visitor has gone away. Closing the iterator ends the generation within
-        one token. Raises RefusedError where a limit is met.
+        The last progress is `finished`, unless the visitor has gone. Closing the iterator ends the generation within
+        one token. Raises RefusedError before the first progress if a check fails or a limit is reached.
         """
         self.check(conversations, sampling)
         async with self.line.join(visitor) as ticket:
@@ -78,43 +79,59 @@ class Answering:
             yield replace(progress, finished=True)
 
     async def _prepare(self, conversations: Sequence[Messages], sampling: Sampling) -> list[Reply]:
-        """Tokenise in a thread: 300,000 characters of history take a moment, in which others want their pages."""
+        """Tokenise in a thread: 300,000 characters of history would block the pages of all others for a moment."""
         chats = self.chats[: len(conversations)]
         pairs = [*zip(chats, conversations, strict=True)]
         return await asyncio.to_thread(lambda: [chat.reply(messages, sampling) for chat, messages in pairs])
 
     def check(self, conversations: Sequence[Messages], sampling: Sampling) -> None:
-        """Raise RefusedError if a question or a number is not one that is answered."""
+        """Raise RefusedError if a question, a history or a sampling number is not accepted."""
+        self.check_sampling(sampling)
+        for messages in conversations:
+            *history, question = (message["content"] for message in messages)
+            self.check_question(question)
+            if not all(isinstance(text, str) for text in history):
+                raise RefusedError("no_text")
+            if (length := sum(map(len, history))) > self.limits.max_history:
+                raise RefusedError("long_history", given=length, most=self.limits.max_history)
+            for text in history:
+                check_characters(text)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise RefusedError if a sampling number is out of bounds or asks for too long an answer."""
         try:
             sampling.check()
         except ValueError as error:
             raise RefusedError("bad_number", problem=error) from None
         if sampling.max_new_tokens > self.limits.max_new_tokens:
             raise RefusedError("long_answer", given=sampling.max_new_tokens, most=self.limits.max_new_tokens)
-        for messages in conversations:
-            *history, question = (message["content"] for message in messages)
-            if not all(isinstance(text, str) for text in (*history, question)):
-                raise RefusedError("no_text")
-            if not question.strip():
-                raise RefusedError("empty")
-            if len(question) > self.limits.max_characters:
-                raise RefusedError("long_question", given=len(question), most=self.limits.max_characters)
-            if sum(map(len, history)) > self.limits.max_history:
-                raise RefusedError("long_history", given=sum(map(len, history)), most=self.limits.max_history)
-            for text in (*history, question):
-                if bad := forbidden_character(text):
-                    raise RefusedError("bad_character", character=f"U+{ord(bad):04X}")
+
+    def check_question(self, question: object) -> None:
+        """Raise RefusedError if a question is not text, empty, too long, or contains a control character."""
+        if not isinstance(question, str):
+            raise RefusedError("no_text")
+        if not question.strip():
+            raise RefusedError("empty")
+        if len(question) > self.limits.max_characters:
+            raise RefusedError("long_question", given=len(question), most=self.limits.max_characters)
+        check_characters(question)
+
+
+def check_characters(text: str) -> None:
+    """Raise RefusedError if a text contains a control character or a lone surrogate."""
+    if bad := forbidden_character(text):
+        raise RefusedError("bad_character", character=f"U+{ord(bad):04X}")
 
 
 def forbidden_character(text: str) -> str:
-    """Return the first control character or lone surrogate of a text; nothing if it has none."""
+    """Return the first control character or lone surrogate of a text; empty if it has none."""
     return next((c for c in text if c not in ALLOWED_CONTROLS and unicodedata.category(c) in ("Cc", "Cs")), "")
 
 
 async def merge(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, str]]:
-    """Yield (number of the reply, piece) as pieces come; closing it ends all of them within one token."""
+    """Yield (number of the reply, piece) as pieces arrive; closing it ends all replies within one token."""
     loop = asyncio.get_running_loop()
-    # One thread for each reply, in which its pieces are waited for and, after the last of them, it is closed.
+    # One thread per reply waits for its pieces and closes it after the last one.
     executors = [ThreadPoolExecutor(1) for _ in replies]
     iterators = [iter(reply) for reply in replies]
 

@@ -1,31 +1,36 @@
-"""What stands between a browser and Gradio: only the routes of this page, small requests, and headers that keep a
-model's text from running script, loading what lies elsewhere, or leaving in a frame.
+"""What stands between a browser and Gradio: only this page's routes, small requests, and headers that keep a model's
+text from running scripts, loading anything from elsewhere, or being framed by another page.
 """
 
 import re
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from urllib.parse import parse_qs, urlsplit
 
+from gradio.route_utils import FnIndexInferError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 4_000_000  # bytes; the store of a browser that is full takes about a million
+from sft.web.visitors import RateLimit
+
+MAX_BODY = 4_000_000  # bytes; a full store of a browser takes about a million
+TOO_LARGE = 413, f"the request is larger than {MAX_BODY:,} bytes"
 MAX_PATH = 200  # characters
-GRACE = 5.0  # seconds without a listener after which a session is taken to be gone
-MAX_SILENT = 10_000  # sessions of which is kept since when they are silent
-MAX_LOGINS = 10  # wrong or right, an address and minute
+GRACE = 5.0  # seconds without a listener after which a session counts as gone
+MAX_SILENT = 10_000  # sessions for which the start of their silence is kept
+MAX_LOGINS = 10  # attempts, wrong or right, per address and minute
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 API = "/gradio_api"
-EVENTS = re.compile(rf"{API}/(?:queue/data|call/(?:v2/)?\w+/(\w+))")
+EVENTS = re.compile(rf"{API}/(?:queue/data|call/(?:v2/)?chat/(\w+))")
 GET_ROUTES = re.compile(
     rf"/|/(?:assets|static|svelte)/[\w./@-]+|/(?:theme\.css|favicon\.ico|manifest\.json|robots\.txt|config|login_check|"
     rf"logout)/?|{API}/(?:info|openapi\.json|queue/data|app_id|user|token|login_check|startup-events|theme\.css|"
-    rf"heartbeat/\w+|call/(?:v2/)?\w+/\w+)/?"
+    rf"heartbeat/\w+|call/(?:v2/)?chat/\w+)/?"
 )
-POST_ROUTES = re.compile(rf"/login/?|{API}/(?:queue/join|cancel|reset|run/predict|call/(?:v2/)?\w+)/?")
+POST_ROUTES = re.compile(rf"/login/?|{API}/(?:queue/join|cancel|reset|run/predict|call/(?:v2/)?chat)/?")
+ROUTES = {"GET": GET_ROUTES, "HEAD": GET_ROUTES, "POST": POST_ROUTES}
 # Gradio's page begins with scripts of its own in its HTML, hence 'unsafe-inline' for elements; attributes such as
 # onerror, which only a text of a user's or a model's could bring, run nothing.
 POLICY = (
@@ -43,7 +48,7 @@ HEADERS = {
 
 
 class Listeners:
-    """Which sessions have a connection on which they hear of their events."""
+    """Which sessions have an open connection on which they receive their events."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """Begin with nobody; `clock` returns seconds."""
@@ -52,18 +57,18 @@ class Listeners:
         self.silent_since: dict[str, float] = {}
 
     def opened(self, session: str) -> None:
-        """Count a connection."""
+        """Count a connection that opens."""
         self.open[session] += 1
         self.silent_since.pop(session, None)
 
     def closed(self, session: str) -> None:
-        """Count a connection off."""
+        """Count a connection that closes."""
         self.open[session] -= 1
         if self.open[session] <= 0:
             del self.open[session]
 
     def is_gone(self, *sessions: str) -> bool:
-        """Tell whether no session has had a connection for `GRACE` seconds, counted from the first asking."""
+        """Tell whether none of the sessions has had a connection for `GRACE` seconds, counted from the first call."""
         if any(session in self.open for session in sessions):
             return False
         now = self.clock()
@@ -77,22 +82,22 @@ class Guard:
     """ASGI middleware in front of the whole page."""
 
     def __init__(self, app: ASGIApp, listeners: Listeners, any_host: bool = False):
-        """Guard `app`; without `any_host` only requests to this machine's own names are answered.
+        """Guard `app`; without `any_host`, answer only requests to this machine's own names.
 
-        A page elsewhere may have its name point to 127.0.0.1, and would then read from here (DNS rebinding).
+        Otherwise a page elsewhere could point its own name to 127.0.0.1 and read from here (DNS rebinding).
         """
         self.app = app
         self.listeners = listeners
         self.any_host = any_host
-        self.logins: dict[str, deque[float]] = defaultdict(deque)
+        self.logins = RateLimit(MAX_LOGINS, listeners.clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # lifespan; there is no websocket
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        if scope["type"] != "http":  # the page has no websocket
             return
         if refusal := self.refusal(scope):
-            await with_headers(PlainTextResponse(refusal[1], refusal[0]))(scope, receive, send)
+            await respond(refusal, scope, receive, send)
             return
         session = session_of(scope)
         if session:
@@ -100,40 +105,41 @@ class Guard:
         try:
             await self.app(scope, *limited(receive, send))
         except BodyTooLargeError:
-            await with_headers(PlainTextResponse(f"more than {MAX_BODY:,} bytes", 413))(scope, receive, send)
+            await respond(TOO_LARGE, scope, receive, send)
+        except (FnIndexInferError, KeyError):  # Gradio's, for an event that the page does not have
+            await respond((404, "no such event"), scope, receive, send)
         finally:
             if session:
                 self.listeners.closed(session)
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Return status and text for a request that is not let through."""
+        """Return the status and the text with which a request is refused; None lets it through."""
         headers, path, method = Headers(scope=scope), scope["path"], scope["method"]
         host = headers.get("host", "")
         if not self.any_host and re.sub(r":\d+$", "", host) not in LOCAL_HOSTS:
-            return 421, "this page answers on 127.0.0.1 and localhost"
-        routes = {"GET": GET_ROUTES, "HEAD": GET_ROUTES, "POST": POST_ROUTES}.get(method)
-        if routes is None:
-            return 405, "GET and POST"
-        if len(path) > MAX_PATH or not routes.fullmatch(path) or ".." in path or any(c in path for c in "\\\0\r\n"):
+            return 421, "this page answers only on 127.0.0.1 and localhost"
+        if method not in ROUTES:
+            return 405, "only GET and POST are allowed"
+        if not is_route(method, path):
             return 404, "no such page"
         if method == "POST" and "origin" in headers and not is_of(headers["origin"], host):
-            return 403, "a request of another page"
+            return 403, "requests from other pages are refused"
         if int_or_zero(headers.get("content-length")) > MAX_BODY:
-            return 413, f"more than {MAX_BODY:,} bytes"
-        if method == "POST" and path.startswith("/login") and self.too_many_logins(scope):
-            return 429, "too many attempts; wait a minute"
+            return TOO_LARGE
+        if method == "POST" and path.startswith("/login") and self.logins.take(address_of(scope)):
+            return 429, "too many attempts; try again in a minute"
         return None
 
-    def too_many_logins(self, scope: Scope) -> bool:
-        """Count an attempt to log in; tell whether its address has had more than `MAX_LOGINS` in a minute."""
-        now = time.monotonic()
-        for address in [name for name, times in self.logins.items() if times[-1] < now - 60]:
-            del self.logins[address]
-        times = self.logins[scope["client"][0] if scope.get("client") else ""]
-        times.append(now)
-        while times[0] < now - 60:
-            times.popleft()
-        return len(times) > MAX_LOGINS
+
+def is_route(method: str, path: str) -> bool:
+    """Tell whether a path is one of the page's, and leads nowhere else."""
+    leads_elsewhere = len(path) > MAX_PATH or ".." in path or any(character in path for character in "\\\0\r\n")
+    return bool(ROUTES[method].fullmatch(path)) and not leads_elsewhere
+
+
+def address_of(scope: Scope) -> str:
+    """Return the address that a request comes from."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
 def is_of(origin: str, host: str) -> bool:
@@ -145,11 +151,11 @@ def is_of(origin: str, host: str) -> bool:
 
 
 class BodyTooLargeError(Exception):
-    """A request whose body is larger than it said, or than `MAX_BODY`."""
+    """A request whose body is larger than `MAX_BODY`, whatever it announced."""
 
 
 def session_of(scope: Scope) -> str:
-    """Return the session or the event that a request listens to; nothing if it listens to none."""
+    """Return the session or the event that a request listens to; empty if it listens to none."""
     if scope["method"] != "GET" or not (match := EVENTS.fullmatch(scope["path"].rstrip("/"))):
         return ""
     return match[1] or parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
@@ -175,12 +181,12 @@ def limited(receive: Receive, send: Send) -> tuple[Receive, Send]:
     return receive_limited, send_with_headers
 
 
-def with_headers(response: PlainTextResponse) -> PlainTextResponse:
-    """Add `HEADERS` to a response of the guard's own."""
-    response.headers.update(HEADERS)
-    return response
+async def respond(answer: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a response of the guard's own: status and text, with `HEADERS`."""
+    status, text = answer
+    await PlainTextResponse(text, status, HEADERS)(scope, receive, send)
 
 
 def int_or_zero(text: str | None) -> int:
-    """Return a header's number, of at most 18 digits; 0 if it is none."""
+    """Return a header's number, cut to 18 digits; 0 if it is not a number."""
     return int(text[:18]) if text and text.isascii() and text.isdigit() else 0

@@ -1,14 +1,16 @@
-"""The conversations of one browser: plain data, kept by the browser itself and handed back with every request.
+"""The conversations of one browser: plain data, kept by the browser itself and sent with every request.
 
 A store is {"open": id or None, "language": str or None, "conversations": [conversation, ...]}, newest first. A
 conversation is {"id", "title", "turns"}, a turn {"question": str, "answers": [str, ...]} with one answer for each
-checkpoint of the page, none while there is none. Every function returns a new store.
+checkpoint of the page, or none so far. Every function returns a new store.
 """
 
 import json
 import secrets
 from copy import deepcopy
 from typing import Any
+
+from sft.web.texts import DEFAULT_LANGUAGE, LANGUAGES, RefusedError
 
 TITLE_LENGTH = 24  # characters
 MAX_CHARACTERS = 300_000  # in all conversations together; browsers keep about 5 million bytes a page
@@ -18,24 +20,20 @@ Store = dict[str, Any]
 Conversation = dict[str, Any]
 
 
-class ListFullError(Exception):
-    """There is no room for another question."""
-
-
 def blank() -> Store:
     """Return a store without conversations."""
     return {"open": None, "language": None, "conversations": []}
 
 
 def checked(store: object) -> Store:
-    """Return a store as a browser sent it if it is one, else a blank one: what comes from outside may be anything."""
+    """Return a browser's store if it is valid, else a blank one; what a browser sends may be anything."""
     try:
         conversations = [_checked_conversation(each) for each in store["conversations"]]
         ids = {each["id"] for each in conversations}
         language = store.get("language")
         return {
             "open": store["open"] if store.get("open") in ids else None,
-            "language": language if language in ("en", "zh") else None,
+            "language": language if isinstance(language, str) and language in LANGUAGES else None,
             "conversations": conversations if len(ids) == len(conversations) else [],
         }
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -57,8 +55,13 @@ def _checked_conversation(conversation: Conversation) -> Conversation:
 
 
 def well_formed(text: str) -> str:
-    """Return a text whose lone surrogates, which no encoding has a place for, are U+FFFD."""
+    """Return a text with its lone surrogates, which cannot be encoded, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def language_of(store: Store) -> str:
+    """Return the language that a store's browser has chosen, else the default."""
+    return store["language"] or DEFAULT_LANGUAGE
 
 
 def opened(store: Store) -> Conversation | None:
@@ -67,15 +70,15 @@ def opened(store: Store) -> Conversation | None:
 
 
 def ask(store: Store, question: str, number: int | None = None) -> Store:
-    """Put a question behind the turns of the open conversation, or in the place of turn `number` and all after it.
+    """Add a question to the open conversation, or let it replace turn `number` and all turns after it.
 
-    Without an open conversation it begins one. Raises ListFullError if there is no room for it.
+    If no conversation is open, it begins one. Raises RefusedError if there is no room for it.
     """
     store = deepcopy(store)
     conversation = opened(store)
     if conversation is None:
         if len(store["conversations"]) >= MAX_CONVERSATIONS:
-            raise ListFullError
+            raise RefusedError("list_full")
         title = " ".join(question.split())[:TITLE_LENGTH]
         conversation = {"id": secrets.token_urlsafe(8), "title": title, "turns": []}
         store["conversations"].insert(0, conversation)
@@ -83,7 +86,7 @@ def ask(store: Store, question: str, number: int | None = None) -> Store:
     del conversation["turns"][len(conversation["turns"]) if number is None else number :]
     conversation["turns"].append({"question": question, "answers": []})
     if num_characters(store) > MAX_CHARACTERS:
-        raise ListFullError
+        raise RefusedError("list_full")
     return store
 
 
@@ -94,7 +97,7 @@ def num_characters(store: Store) -> int:
 
 
 def answer(store: Store, answers: list[str]) -> Store:
-    """Give the last question of the open conversation its answers; none where all are empty."""
+    """Give the last question of the open conversation its answers, unless all are empty."""
     store = deepcopy(store)
     conversation = opened(store)
     if conversation and conversation["turns"] and any(answers):
@@ -119,12 +122,12 @@ def start_new(store: Store) -> Store:
 
 
 def open_one(store: Store, id: str) -> Store:
-    """Open the conversation of an id; none if there is no such."""
+    """Open the conversation with an id; none if it does not exist."""
     return {**store, "open": id if any(each["id"] == id for each in store["conversations"]) else None}
 
 
 def rename(store: Store, title: str) -> Store:
-    """Give the open conversation another title; an empty one leaves it."""
+    """Give the open conversation a new title; an empty one changes nothing."""
     store = deepcopy(store)
     conversation = opened(store)
     if conversation and (title := " ".join(well_formed(title).split())[: 3 * TITLE_LENGTH]):
@@ -139,7 +142,7 @@ def delete(store: Store) -> Store:
 
 
 def messages(conversation: Conversation, checkpoint: int) -> list[dict[str, str]]:
-    """Return what a checkpoint is asked: its own answered turns, and the last question."""
+    """Return the messages for a checkpoint: the turns that it answered itself, and the last question."""
     told = []
     for turn in conversation["turns"][:-1]:
         if len(turn["answers"]) > checkpoint:
@@ -149,9 +152,9 @@ def messages(conversation: Conversation, checkpoint: int) -> list[dict[str, str]
 
 
 def export(conversation: Conversation) -> str:
-    """Return a conversation as JSON in a shape that train_sft.py reads: one row of "messages", answered turns alone.
+    """Return a conversation as JSON that train_sft.py reads: one row of "messages", with the answered turns only.
 
-    Of a page with two checkpoints the answers are the first one's.
+    On a page with two checkpoints, the answers are the first one's.
     """
     turns = [turn for turn in conversation["turns"] if turn["answers"] and turn["answers"][0].strip()]
     said = [(role, text) for turn in turns for role, text in zip(ROLES, _first(turn), strict=True)]

@@ -1,4 +1,4 @@
-"""The chat page: what stands where, and what happens on which event. The texts are in page_text.py."""
+"""The chat page: its layout, and what happens on each event. The texts are in texts.py."""
 
 import logging
 from collections import OrderedDict
@@ -10,8 +10,8 @@ import gradio as gr
 from sft.chat.sampling import BOUNDS, Sampling
 from sft.web import history
 from sft.web.answering import Answering, Progress
-from sft.web.history import Conversation, ListFullError, Store
-from sft.web.texts import EXAMPLES, LANGUAGES, TEXTS, language_of, say
+from sft.web.history import Conversation, Store
+from sft.web.texts import DEFAULT_LANGUAGE, EXAMPLES, LANGUAGES, TEXTS, RefusedError, language_of, say
 from sft.web.view import (
     Updates,
     as_history,
@@ -26,7 +26,7 @@ from sft.web.view import (
     turn_at,
     visitor_of,
 )
-from sft.web.visitors import RefusedError
+from sft.web.visitors import Visitor
 
 Stream = AsyncIterator[Updates]
 DEFAULT = Sampling()
@@ -34,7 +34,7 @@ PRESET_NUMBERS = ("temperature", "top_p", "top_k")
 PRESETS = {"precise": (0.2, 0.7, 20), "balanced": (0.7, 0.9, 50), "creative": (1.0, 0.95, 0)}
 STEPS = {"max_new_tokens": 1, "temperature": 0.05, "top_p": 0.01, "top_k": 1, "repetition_penalty": 0.05}
 LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
-MAX_PARTIAL = 200  # sessions whose stopped answers are kept until their page asks for them
+MAX_PARTIAL = 200  # sessions whose stopped answers are kept until their page fetches them
 STORAGE_KEY = "chinese_bloom_conversations"
 CSS = """
 .name h1 { font-size: 1.1rem; margin: 0 44px 0 0; overflow-wrap: anywhere; }
@@ -45,11 +45,11 @@ CSS = """
   border: 1px solid var(--border-color-primary); color: var(--body-text-color); font-size: var(--text-sm); }
 #status { min-height: 1.6em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .chat { height: calc(100dvh - 240px) !important; min-height: 260px; }
-/* HTML of a model's may not lay itself over the page, only over its own bubble. */
+/* HTML in an answer may cover its own bubble, but not the page. */
 .message-content { contain: content; }
 @media (max-width: 700px) { .two .chat { height: calc(50dvh - 130px) !important; } }
 """
-# How Gradio runs a handler: at once, or in a queue whose order and limits are the waiting line's.
+# How Gradio runs a handler: at once, or queued without a limit; order and limits are the waiting line's.
 QUICK = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 SLOW = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
 BUSY = {"value": "", "submit_btn": False, "stop_btn": True}
@@ -57,7 +57,7 @@ READY = {"submit_btn": True, "stop_btn": False}
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
-# The list of conversations stands beside a wide page and would cover a narrow one, so it begins closed.
+# The list of conversations fits beside a wide page but would cover a narrow one, so it starts closed.
 HEAD = """<script>
 const opening = setInterval(() => {
   const button = document.querySelector(".sidebar .toggle-button");
@@ -69,7 +69,7 @@ const opening = setInterval(() => {
 
 
 def build_chatbot(name: str) -> gr.Chatbot:
-    """Return what shows a conversation with one checkpoint: Markdown, code and LaTeX, and no file."""
+    """Return the view of a conversation with one checkpoint: Markdown, code and LaTeX, but no files."""
     return gr.Chatbot(
         label=name,
         show_label=False,
@@ -82,11 +82,16 @@ def build_chatbot(name: str) -> gr.Chatbot:
     )
 
 
+def preset_numbers(name: object) -> tuple[float, float, int]:
+    """Return the temperature, top p and top k of a preset; for an unknown name those of "balanced"."""
+    return PRESETS[name if isinstance(name, str) and name in PRESETS else "balanced"]
+
+
 class ChatPage:
     """One page around an `Answering`; `blocks` is what Gradio serves."""
 
     def __init__(self, answering: Answering, names: Sequence[str]):
-        """Build the page; `names` are what the checkpoints are called on it."""
+        """Build the page; `names` are the checkpoints' headings."""
         self.answering = answering
         self.names = list(names)
         self.partial: OrderedDict[str, Progress] = OrderedDict()
@@ -104,7 +109,7 @@ class ChatPage:
             self.new = gr.Button(variant="secondary")
             self.list = gr.Radio([], elem_id="conversations", container=False, interactive=True)
             self.title = gr.Textbox(max_length=72, max_lines=1, submit_btn="✓", visible=False, elem_id="title")
-            # A gr.HTML would need the page to be allowed to evaluate strings; this link holds no text of a model's.
+            # gr.HTML would need a policy that allows evaluating strings; this link contains no text by a model.
             self.export = gr.Markdown(elem_id="export", visible=False, sanitize_html=False)
             self.delete = gr.Button(size="sm", visible=False, elem_id="delete")
             with gr.Row(visible=False) as self.confirming:
@@ -134,11 +139,11 @@ class ChatPage:
                 most = self.answering.limits.max_new_tokens if name == "max_new_tokens" else most
                 value = min(getattr(DEFAULT, name), most)
                 self.numbers[name] = gr.Slider(least, most, value, step=step, elem_id=name)
-            # An empty gr.Number comes back as 0.
+            # An empty gr.Number would return 0.
             self.numbers["seed"] = gr.Textbox(max_length=18, max_lines=1, elem_id="seed")
 
     def _connect_list(self) -> None:
-        """What the list of conversations does."""
+        """Connect the list of conversations, the language and the presets."""
         shown = {self.store, *self._shown()}
         loaded = {self.store, *self._shown(), *self._labelled()}
         self.blocks.load(self.on_load, self.store, loaded, **QUICK)
@@ -152,10 +157,10 @@ class ChatPage:
         self.cancel.click(lambda: as_updates(not_asking), None, set(asking), **QUICK)
         self.confirm.click(self.changing(history.delete), self.store, shown, **QUICK)
         preset = [self.numbers[name] for name in PRESET_NUMBERS]
-        self.preset.input(lambda name: PRESETS[name], self.preset, preset, **QUICK)
+        self.preset.input(preset_numbers, self.preset, preset, preprocess=False, **QUICK)
 
     def _connect_chat(self) -> None:
-        """What sends a question, and what stops an answer."""
+        """Connect what sends a question and what stops an answer."""
         settings = [self.store, *self.numbers.values()]
         outputs = {self.store, self.box, self.status, *self._shown(), *self._held()}
         sent = [self.box.submit(self.on_send, [self.box, *settings], outputs, **SLOW)]
@@ -164,7 +169,7 @@ class ChatPage:
             sent.append(chatbot.edit(self.on_edit, settings, outputs, **SLOW))
             sent.append(chatbot.example_select(self.on_example, settings, outputs, **SLOW))
             chatbot.undo(self.on_undo, self.store, outputs, **QUICK)
-            # Its waste bin takes the conversation off the page and leaves it in the list.
+            # Its bin clears the page but keeps the conversation in the list.
             chatbot.clear(self.changing(history.start_new), self.store, {self.store, *self._shown()}, **QUICK)
         for event in sent:
             event.then(self.on_end, self.store, outputs, **QUICK)
@@ -175,21 +180,21 @@ class ChatPage:
         return [self.list, self.title, self.export, self.delete, self.confirming, *self.chatbots]
 
     def _held(self) -> list[gr.components.Component]:
-        """The components that change the store, and wait while an answer is written into it."""
+        """The components that change the store; they are disabled while an answer is written into it."""
         return [self.new, self.list, self.title, self.delete, self.confirm, self.language]
 
     def _labelled(self) -> list[gr.components.Component]:
-        """The components whose words are another language's."""
+        """The components whose words depend on the language."""
         return [
             *(self.new, self.list, self.title, self.delete, self.confirm, self.cancel, self.language),
             *(self.box, self.settings, self.preset, *self.numbers.values(), *self.chatbots, self.status),
         ]
 
     def show(self, store: Store) -> Updates:
-        """Return what shows a store."""
+        """Return the updates that show a store."""
         conversation = history.opened(store)
         is_open = conversation is not None
-        language = store["language"] or "en"
+        language = history.language_of(store)
         choices = [(each["title"] or "…", each["id"]) for each in store["conversations"]]
         updates = {
             self.store: {"value": store},
@@ -204,7 +209,7 @@ class ChatPage:
         return updates
 
     def words(self, language: str) -> Updates:
-        """Return what puts the page into a language."""
+        """Return the updates that switch the page to a language."""
         text = TEXTS[language]
         labelled = {self.title: "title", self.language: "language", self.settings: "settings", self.preset: "preset"}
         labelled |= {component: name for name, component in self.numbers.items()}
@@ -222,7 +227,7 @@ class ChatPage:
         return updates
 
     def on_load(self, store: Store, request: gr.Request) -> Updates:
-        """Show what the browser has kept, in its language."""
+        """Show the conversations that the browser has kept, in its language."""
         store = history.checked(store)
         store["language"] = store["language"] or language_of(request.headers.get("accept-language", ""))
         return as_updates(merged(self.show(store), self.words(store["language"])))
@@ -230,15 +235,15 @@ class ChatPage:
     def on_language(self, store: Store, language: str) -> Updates:
         """Change the language."""
         store = history.checked(store)
-        store["language"] = language if language in LANGUAGES else "en"
+        store["language"] = language if language in LANGUAGES else DEFAULT_LANGUAGE
         return as_updates(merged(self.show(store), self.words(store["language"])))
 
     def changing(self, change: Callable[..., Store]) -> Callable[..., Updates]:
-        """Return the handler of an event that changes the store by `change`."""
+        """Return an event handler that applies `change` to the store."""
         return lambda store, *values: as_updates(self.show(change(history.checked(store), *values)))
 
     async def on_send(self, request: gr.Request, question: str, store: Store, *settings: float | str) -> Stream:
-        """Answer what was typed."""
+        """Answer the question in the box."""
         async for updates in self.respond(history.checked(store), question, None, settings, request):
             yield updates
 
@@ -250,7 +255,7 @@ class ChatPage:
             yield updates
 
     async def on_retry(self, request: gr.Request, event: gr.RetryData, store: Store, *settings: float | str) -> Stream:
-        """Answer a question once more."""
+        """Answer a question again."""
         store = history.checked(store)
         number = turn_at(history.opened(store), event.index)
         _, question = history.take_back(store, number)
@@ -258,15 +263,15 @@ class ChatPage:
             yield updates
 
     async def on_edit(self, request: gr.Request, event: gr.EditData, store: Store, *settings: float | str) -> Stream:
-        """Answer a question that was changed."""
+        """Answer an edited question."""
         store = history.checked(store)
         number = turn_at(history.opened(store), event.index)
-        question = event.value if number >= 0 else ""  # a turn that is not there, which only a forger names
+        question = event.value if number >= 0 else ""  # only a forged event names a turn that does not exist
         async for updates in self.respond(store, question, number, settings, request):
             yield updates
 
     def on_undo(self, store: Store, event: gr.UndoData) -> Updates:
-        """Take a question back into the box."""
+        """Move a question back into the box."""
         store = history.checked(store)
         store, question = history.take_back(store, turn_at(history.opened(store), event.index))
         return as_updates(self.show(store) | {self.box: {"value": question}})
@@ -274,40 +279,48 @@ class ChatPage:
     async def respond(
         self, store: Store, question: str, number: int | None, settings: Sequence[float | str], request: gr.Request
     ) -> Stream:
-        """Yield the page's updates while a question, behind all turns or in the place of one, is answered."""
+        """Yield the page's updates while a question is answered, and say why if it is not.
+
+        The question goes behind all turns, or replaces turn `number` and all turns after it.
+        """
         self.sweep()
-        language, visitor = store["language"] or "en", visitor_of(request)
+        language = history.language_of(store)
         typed = {self.box: {"value": history.well_formed(question) if number is None else "", **READY}}
         try:
+            self.answering.check_question(question)
             asked = history.ask(store, question, number)
-            conversation = history.opened(asked)
-            told = [history.messages(conversation, i) for i in range(len(self.chatbots))]
             sampling = as_sampling(dict(zip(self.numbers, settings, strict=True)))
-            begun = False
-            async with aclosing(self.answering.answer(visitor, told, sampling)) as progresses:
-                async for progress in progresses:
-                    if not begun:
-                        held = {component: {"interactive": False} for component in self._held()}
-                        yield as_updates(merged(self.show(asked), held, {self.box: BUSY}))
-                        begun = True
-                    self._remember(visitor.session, progress)
-                    yield as_updates(self._streamed(conversation, progress, language))
-            self.partial.pop(visitor.session, None)
-            if not progress.finished:
-                return
-            answered = history.answer(asked, progress.answers)
-            yield as_updates(self.show(answered) | {self.status: {"value": footer(self.names, progress, language)}})
+            async with aclosing(self._answer(asked, sampling, visitor_of(request))) as stream:
+                async for updates in stream:
+                    yield as_updates(updates)
         except RefusedError as refused:
-            sentence = say(language, refused.key, **refused.values)
-            yield as_updates(self.show(store) | typed | {self.status: {"value": sentence}})
-        except ListFullError:
-            yield as_updates(self.show(store) | typed | {self.status: {"value": say(language, "list_full")}})
+            yield as_updates(self.show(store) | typed | {self.status: {"value": refused.sentence(language)}})
         except Exception:
             logging.getLogger(__name__).exception("an answer ended in an error")
             yield as_updates(typed | {self.status: {"value": say(language, "failed")}})
 
+    async def _answer(self, asked: Store, sampling: Sampling, visitor: Visitor) -> AsyncIterator[Updates]:
+        """Yield updates while the last question of a store is answered, and finally the store with its answers."""
+        language, conversation = history.language_of(asked), history.opened(asked)
+        messages = [history.messages(conversation, i) for i in range(len(self.chatbots))]
+        async with aclosing(self.answering.answer(visitor, messages, sampling)) as progresses:
+            progress = await anext(progresses)  # here it is refused, if it is
+            yield merged(self._busy(asked), self._streamed(conversation, progress, language))
+            async for progress in progresses:
+                self._remember(visitor.session, progress)
+                yield self._streamed(conversation, progress, language)
+        self.partial.pop(visitor.session, None)
+        if progress.finished:
+            answered = self.show(history.answer(asked, progress.answers))
+            yield answered | {self.status: {"value": footer(self.names, progress, language)}}
+
+    def _busy(self, asked: Store) -> Updates:
+        """Return what shows a question, and holds what would change the store while it is answered."""
+        held = {component: {"interactive": False} for component in self._held()}
+        return merged(self.show(asked), held, {self.box: BUSY})
+
     def _streamed(self, conversation: Conversation, progress: Progress, language: str) -> Updates:
-        """Return what shows an answer that grows, or the place in the line."""
+        """Return the updates that show a growing answer, or the place in the queue."""
         if progress.ahead:
             return {self.status: {"value": say(language, "waiting", ahead=progress.ahead)}}
         updates = {self.status: {"value": footer(self.names, progress, language)}}
@@ -316,14 +329,14 @@ class ChatPage:
         return updates
 
     def _remember(self, session: str, progress: Progress) -> None:
-        """Keep how far an answer is, should it be stopped."""
+        """Keep the answer so far, in case it is stopped."""
         if any(progress.answers):
             self.partial[session] = progress
             if len(self.partial) > MAX_PARTIAL:
                 self.partial.popitem(last=False)
 
     def sweep(self) -> None:
-        """Drop what Gradio keeps for sessions that nobody listens to, as it does itself where a stream is closed."""
+        """Drop what Gradio keeps for sessions without a listener, as it does itself when a stream is closed."""
         queue = self.blocks._queue
         busy = {event.session_hash for event in queue.event_ids_to_events.values()}
         for session in {*queue.pending_messages_per_session, *queue.pending_event_ids_session} - busy:
@@ -332,12 +345,12 @@ class ChatPage:
                 queue.pending_event_ids_session.pop(session, None)
 
     def on_end(self, store: Store, request: gr.Request) -> Updates:
-        """Make the box ready again, and keep what there is of an answer that was stopped."""
+        """Make the box ready again, and keep what was written of a stopped answer."""
         store = history.checked(store)
         ready: Updates = {self.box: READY, **{component: {"interactive": True} for component in self._held()}}
         progress = self.partial.pop(request.session_hash, None)
         if progress is not None:
-            status = {self.status: {"value": footer(self.names, progress, store["language"] or "en", stopped=True)}}
+            status = {self.status: {"value": footer(self.names, progress, history.language_of(store), stopped=True)}}
             ready = merged(ready, self.show(history.answer(store, progress.answers)), status)
         return as_updates(ready)
 
@@ -353,14 +366,14 @@ class ChatPage:
         seed: int | None = None,
         request: gr.Request = None,
     ) -> AsyncIterator[str]:
-        """Answer a message behind a history of {"role", "content"} turns; the first checkpoint's reply, growing."""
+        """Answer a message after a history of {"role", "content"} turns: the first checkpoint's reply as it grows."""
         self.sweep()
         language = language_of(request.headers.get("accept-language", ""))
         try:
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-            told = [*as_history(history), {"role": "user", "content": message}]
-            async with aclosing(self.answering.answer(visitor_of(request), [told], sampling)) as progresses:
+            messages = [*as_history(history), {"role": "user", "content": message}]
+            async with aclosing(self.answering.answer(visitor_of(request), [messages], sampling)) as progresses:
                 async for progress in progresses:
                     yield progress.answers[0] if progress.answers else ""
         except RefusedError as refused:
-            raise gr.Error(say(language, refused.key, **refused.values), print_exception=False) from None
+            raise gr.Error(refused.sentence(language), print_exception=False) from None

@@ -1,4 +1,4 @@
-"""Load checkpoints and serve the chat page of app.py, on this machine or to those who know a password."""
+"""Load checkpoints and serve app.py's chat page, to this machine only or to anyone with a password."""
 
 import argparse
 import os
@@ -19,15 +19,15 @@ from sft.web.page import CSS, FONTS, HEAD, ChatPage
 from sft.web.visitors import WaitingLine
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
-MAX_SESSIONS = 200  # pages of which Gradio remembers what they show
+MAX_SESSIONS = 200  # pages whose state Gradio keeps
 
 
 def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> None:
-    """Load what `arguments` of app.py name and serve it until interrupted; `names` are (user, password) pairs."""
+    """Load the checkpoints of app.py's `arguments` and serve until interrupted; `names` are (user, password)."""
     host = EVERYWHERE if arguments.listen else LOCAL
     check_port(host, arguments.port)
     checkpoints = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
-    for each in checkpoints:  # a mistake in the second is told before the first is loaded
+    for each in checkpoints:  # a mistake in the second is reported before the first is loaded
         locate(each)
     chats = [ChatModel.load(each, arguments.device, quantization=arguments.quantize) for each in checkpoints]
     listeners = Listeners()
@@ -36,24 +36,24 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
     page = ChatPage(Answering(chats, line, limits, listeners.is_gone), [Path(each).name for each in checkpoints])
     for checkpoint, chat in zip(checkpoints, chats, strict=True):
         print(f"{checkpoint}: {chat}")
-    print(f"http://{LOCAL}:{arguments.port} (Ctrl-C ends)", flush=True)
+    print(f"http://{LOCAL}:{arguments.port} (Ctrl-C to stop)", flush=True)
     launch(page, listeners, host, arguments.port, list(names), arguments.share)
     try:
         page.blocks.block_thread()
     finally:
-        # A reply that is being generated, or a thread of Gradio's that waits, would keep the process.
+        # A reply in progress, or a waiting thread of Gradio's, would keep the process alive.
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(0)
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UserError if a port cannot be listened on, before weights are loaded."""
+    """Raise UserError if a port cannot be used, before any weights are loaded."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise UserError(f"--port {port} cannot be used ({error.strerror}); give another") from None
+        raise UserError(f"--port {port} cannot be used ({error.strerror}); choose another port") from None
 
 
 def launch(
@@ -64,8 +64,8 @@ def launch(
     names: list[tuple[str, str]] | None = None,
     share: bool = False,
 ) -> str:
-    """Serve a page in threads of its own; return its address. Raises UserError if that cannot be."""
-    # Without a proxy of the user's own, the address that a request gives of itself is not believed.
+    """Serve a page in background threads and return its address; raise UserError if the port cannot be used."""
+    # The address in a request's own headers is not trusted unless the user sets this for a proxy of theirs.
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     guard = Middleware(Guard, listeners=listeners, any_host=bool(names))
     theme = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
@@ -91,5 +91,5 @@ def launch(
             max_file_size=0,
         )
     except OSError as error:
-        raise UserError(f"--port {port} cannot be used ({error}); give another") from None
+        raise UserError(f"--port {port} cannot be used ({error}); choose another port") from None
     return address

@@ -1,4 +1,4 @@
-"""How conversations, replies and requests look to Gradio and from it; plain functions."""
+"""Conversions between conversations, replies and requests and Gradio's form of them; plain functions."""
 
 import html
 import re
@@ -13,8 +13,8 @@ from sft.chat.sampling import Sampling
 from sft.web import history
 from sft.web.answering import Messages, Progress
 from sft.web.history import Conversation
-from sft.web.texts import say
-from sft.web.visitors import RefusedError, Visitor
+from sft.web.texts import RefusedError, say
+from sft.web.visitors import Visitor
 
 Updates = dict[gr.blocks.Block, dict[str, Any]]
 # What turns a character into Markdown, HTML or a formula.
@@ -22,7 +22,7 @@ MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
 
 
 def merged(*all_updates: Updates) -> Updates:
-    """Return the union of updates, property by property."""
+    """Return the union of updates, property by property; later ones win."""
     union: Updates = {}
     for updates in all_updates:
         for component, properties in updates.items():
@@ -36,7 +36,7 @@ def as_updates(updates: Updates) -> dict[gr.blocks.Block, Any]:
 
 
 def as_message(role: str, text: str) -> dict[str, Any]:
-    """Return a message of a chatbot; as a part it is shown to the character, where Gradio strips a plain string."""
+    """Return a chatbot's message; as a part it keeps every character, while Gradio strips plain strings."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
@@ -64,7 +64,7 @@ def turn_at(conversation: Conversation | None, index: int | Sequence[int]) -> in
 
 
 def export_link(conversation: Conversation, language: str) -> str:
-    """Return a link that holds a conversation as a file, so that none is written on the server."""
+    """Return a link that contains a conversation as a file, so that the server writes none."""
     content = b64encode(history.export(conversation).encode()).decode()
     name = re.sub(r"[^\w-]+", "_", conversation["title"]).strip("_") or "conversation"
     label = html.escape(say(language, "export"))
@@ -72,12 +72,12 @@ def export_link(conversation: Conversation, language: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return a text that Markdown shows as it is."""
+    """Return a text escaped so that Markdown shows it literally."""
     return MARKS.sub(r"\\\1", text)
 
 
 def footer(names: Sequence[str], progress: Progress, language: str, stopped: bool = False) -> str:
-    """Return the line below the answers: what was left out before them, how fast they came, why they ended."""
+    """Return the line below the answers: what was left out, how fast they came, and why they ended."""
     lines = []
     for name, answer, reply in zip(names, progress.answers, progress.replies, strict=False):
         parts = [escape(f"{name}: {reply.chat}")]
@@ -97,13 +97,13 @@ def footer(names: Sequence[str], progress: Progress, language: str, stopped: boo
 
 
 def visitor_of(request: gr.Request) -> Visitor:
-    """Return who sent a request: the name that was logged in with, or the address."""
+    """Return who sent a request: the login name, or else the address."""
     address = request.client.host if request.client else ""
     return Visitor(request.session_hash or "", request.username or address, LocalContext.event_id.get() or "")
 
 
 def as_history(history: object) -> Messages:
-    """Return an API caller's history; raise RefusedError if it is no list of turns, question and answer."""
+    """Return an API caller's history; raise RefusedError if it is not a list of alternating turns."""
     try:
         messages = [{"role": str(turn["role"]), "content": turn["content"]} for turn in history or []]
         roles = [message["role"] for message in messages]
@@ -115,9 +115,9 @@ def as_history(history: object) -> Messages:
 
 
 def as_sampling(numbers: dict[str, float | str]) -> Sampling:
-    """Return the sampling that a page's settings ask for, an empty seed as none.
+    """Return the sampling of a page's settings; an empty seed is None.
 
-    Raises RefusedError for a seed that is no whole number.
+    Raises RefusedError if the seed is not a whole number.
     """
     seed = str(numbers["seed"] or "").strip()
     if seed and not (seed.isascii() and seed.isdigit()):

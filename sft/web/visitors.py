@@ -1,4 +1,4 @@
-"""Who is answered when: one request at a time, in the order of their coming, within limits that are told."""
+"""Who is answered when: one request at a time, first come, first served, with limits per session and per user."""
 
 import asyncio
 import time
@@ -7,22 +7,38 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from sft.web.texts import RefusedError
+
 MINUTE = 60.0  # seconds
-PATIENCE = 1.0  # seconds between two looks at whether a waiting visitor is still there
+PATIENCE = 1.0  # seconds between checks that a waiting visitor is still there
 
 
-class RefusedError(Exception):
-    """A request that is not answered: the `key` of a sentence of `page_text`, and its values."""
+class RateLimit:
+    """At most `most` requests under each name in any 60 seconds."""
 
-    def __init__(self, key: str, **values: object):
-        super().__init__(key)
-        self.key = key
-        self.values = values
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic):
+        """Begin with no requests; `clock` returns seconds."""
+        self.most = most
+        self.clock = clock
+        self.times: dict[str, deque[float]] = defaultdict(deque)
+
+    def take(self, name: str) -> float:
+        """Count a request and return 0; at the limit count nothing and return the seconds until the next may come."""
+        now = self.clock()
+        for other in [other for other, times in self.times.items() if times[-1] <= now - MINUTE]:
+            del self.times[other]
+        times = self.times[name]
+        while times and times[0] <= now - MINUTE:
+            times.popleft()
+        if len(times) >= self.most:
+            return times[0] + MINUTE - now
+        times.append(now)
+        return 0.0
 
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who asks: one page or caller (`session`), the user's name or, without one, the address, and Gradio's event."""
+    """Who asks: a page or API caller (`session`), the user's name or else the address, and Gradio's event."""
 
     session: str
     user: str
@@ -30,7 +46,7 @@ class Visitor:
 
 
 class Ticket:
-    """A place in the line."""
+    """A place in the queue."""
 
     def __init__(self, line: "WaitingLine", visitor: Visitor):
         self.line = line
@@ -39,11 +55,11 @@ class Ticket:
 
     @property
     def place(self) -> int:
-        """How many are before it; 0: its turn."""
+        """How many are ahead; 0 when it is its turn."""
         return self.line.tickets.index(self)
 
     async def wait(self) -> None:
-        """Wait until the line moves, for a second at most."""
+        """Wait until the queue moves, but at most `PATIENCE` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
                 await self.moved.wait()
@@ -51,28 +67,27 @@ class Ticket:
 
 
 class WaitingLine:
-    """First come, first served; all in one event loop.
+    """First come, first served; everything runs in one event loop.
 
-    At most `max_waiting` requests are in it, the one being answered among them, one of each session, and each user
-    may join `requests_per_minute` times in a minute.
+    It holds at most `max_waiting` requests, including the one being answered, and one per session; each user may join
+    `requests_per_minute` times in any 60 seconds.
     """
 
     def __init__(self, max_waiting: int, requests_per_minute: int, clock: Callable[[], float] = time.monotonic):
-        """Open an empty line; `clock` returns seconds."""
+        """Begin with an empty queue; `clock` returns seconds."""
         self.max_waiting = max_waiting
-        self.requests_per_minute = requests_per_minute
-        self.clock = clock
         self.tickets: list[Ticket] = []
-        self.joined: dict[str, deque[float]] = defaultdict(deque)
+        self.rate = RateLimit(requests_per_minute, clock)
 
     @asynccontextmanager
     async def join(self, visitor: Visitor) -> AsyncIterator[Ticket]:
-        """Take a place at the end and give it up at the end of the block; raises RefusedError where a limit is met."""
+        """Take the last place until the end of the block; raises RefusedError if a limit is reached."""
         if any(ticket.visitor.session == visitor.session for ticket in self.tickets):
             raise RefusedError("one_at_a_time")
         if len(self.tickets) >= self.max_waiting:
             raise RefusedError("full", waiting=self.max_waiting)
-        self._count(visitor.user)
+        if seconds := self.rate.take(visitor.user):
+            raise RefusedError("too_many", seconds=round(seconds + 0.5))
         ticket = Ticket(self, visitor)
         self.tickets.append(ticket)
         try:
@@ -81,15 +96,3 @@ class WaitingLine:
             self.tickets.remove(ticket)
             for other in self.tickets:
                 other.moved.set()
-
-    def _count(self, user: str) -> None:
-        """Count a request of a user's in this minute; raise RefusedError if it is one too many."""
-        now = self.clock()
-        for name in [name for name, times in self.joined.items() if times[-1] <= now - MINUTE]:
-            del self.joined[name]
-        times = self.joined[user]
-        while times and times[0] <= now - MINUTE:
-            times.popleft()
-        if len(times) >= self.requests_per_minute:
-            raise RefusedError("too_many", seconds=round(times[0] + MINUTE - now + 0.5))
-        times.append(now)

@@ -177,7 +177,7 @@ def test_the_right_password_opens_and_others_do_not(closed_page):
             assert log_in(client, name, password) in (400, 422)
         assert refused_everywhere(client)
         assert log_in(client, "me", "secret") == 200
-        assert "on_send" in client.get("/config").text or client.get("/config").json()["components"]
+        assert "chinese_bloom_conversations" in client.get("/config").text
         assert list(listen(client, join(client)))[-1]
         assert client.get(f"{API}/user").json() == "me"
         client.get("/logout")
@@ -252,7 +252,7 @@ def test_large_and_broken_bodies_are_refused(page):
         for body in ({"data": []}, {"data": ["a"]}):
             with pytest.raises(AnsweredWithError):
                 list(listen(client, client.post(CHAT, json=body).json()["event_id"]))
-        assert client.post(f"{API}/call/nothing", json={"data": []}).status_code in (400, 404, 422, 500)
+        assert client.post(f"{API}/call/nothing", json={"data": []}).status_code == 404
 
 
 def refusal(page: Served, *asked: Any, **parameters: Any) -> str | None:
@@ -273,14 +273,14 @@ def test_a_very_long_history_is_answered_without_its_oldest_turns_and_a_longer_o
     assert page.ask(QUESTION, turns(300, 150))
     assert 0 < replies[0].turns_left_out < 300
     told = refusal(page, QUESTION, turns(300, 600))
-    assert re.match(r"The conversation has 36\d,\d{3} characters; at most 300,000 are read here", told)
-    assert re.match("The question has 8,001 characters; at most 8,000", refusal(page, "x" * 8001))
+    assert re.match(r"The conversation has 36\d,\d{3} characters; the limit is 300,000", told)
+    assert re.match("The question has 8,001 characters; the limit is 8,000", refusal(page, "x" * 8001))
     assert page.ask("x" * 8000)
 
 
 @pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x85", "\ud800", "\udfff"])
 def test_what_is_no_text_is_refused(page, character: str):
-    sentence = f"The text holds the character U+{ord(character):04X}, which is no text; remove it."
+    sentence = f"The text contains the control character U+{ord(character):04X}; please remove it."
     assert refusal(page, f"a{character}b") == sentence
     for place in (0, 1):
         history = turns(1, 1)
@@ -295,7 +295,7 @@ def test_what_is_no_text_is_refused(page, character: str):
     + [[{"role": role, "content": 5} for role in ("user", "assistant")], [{"role": [], "content": {}}], [[[[[]]]]]],
 )
 def test_a_history_that_is_none_is_refused(page, history: Any):
-    assert refusal(page, QUESTION, history).startswith("The history is no list of")
+    assert refusal(page, QUESTION, history).startswith("The history must be a list of")
 
 
 @pytest.mark.parametrize("message", ["", " \n", "\u3000"])
@@ -315,9 +315,12 @@ def test_numbers_out_of_range_are_refused_by_name(page, name: str):
     values += [None] if name != "seed" else []
     for value in values:
         told = refusal(page, QUESTION, **{name: value})
-        known = "An answer of" if name == "max_new_tokens" and value == 4096 else f"Sampling: {name} is "
-        assert told.startswith(known), (value, told)
+        assert told.startswith(f"Sampling: {name} is "), (value, told)
     assert page.ask(QUESTION, **{name: {"seed": None}.get(name, 1)})
+
+
+def test_an_answer_that_is_too_long_is_refused(page):
+    assert refusal(page, max_new_tokens=2049) == "2049 tokens is too long for an answer; the limit is 2048."
 
 
 STORES: list[Any] = [None, 5, "x", [], {}, {"conversations": 5}, {"conversations": [{}]}, {"conversations": {"a": "b"}}]
@@ -346,15 +349,17 @@ def predict(client: httpx.Client, number: int, data: list) -> httpx.Response:
 
 
 def test_forged_stores_are_harmless(page):
-    inputs = {number: len(each.inputs) for number, each in page.page.blocks.fns.items()}
+    handlers = page.page.blocks.fns
+    inputs = {number: len(each.inputs) for number, each in handlers.items() if each.fn}
     with page.client(headers={"Connection": "close"}) as client:
         for store in STORES:
             assert predict(client, event_number(page.page, "on_load"), [store]).status_code == 200, store
             for number, count in inputs.items():
                 answer = predict(client, number, [store, "x"][:count])
-                assert answer.status_code in (200, 400, 404, 422, 500) and not SECRETS.search(answer.content)
+                expected = 404 if handlers[number].queue else 200  # what is queued is not run directly
+                assert answer.status_code == expected and not SECRETS.search(answer.content), (number, store)
         for number in (-1, 10_000, 10**30):
-            assert predict(client, number, []).status_code >= 400
+            assert predict(client, number, []).status_code == 404
 
 
 def send(page: Served, client: httpx.Client, name: str, data: list, **event: Any) -> str:
@@ -377,7 +382,8 @@ def test_forged_events_are_harmless(page):
                 assert "process_completed" in send(page, client, name, [STORES[-3], *SETTINGS], **event)
             assert "process_completed" in send(page, client, name, [None, *SETTINGS])
         assert "U+0000" in send(page, client, "on_send", ["\x00", None, *SETTINGS])
-        assert "300,000" in send(page, client, "on_send", ["x" * 400_000, None, *SETTINGS]) or page.ask()
+        told = send(page, client, "on_send", ["x" * 400_000, None, *SETTINGS])
+        assert "The question has 400,000 characters; the limit is 8,000." in told
 
 
 def test_a_lone_surrogate_in_the_box_is_refused_on_the_page(page):

@@ -165,14 +165,14 @@ def test_a_session_asks_one_question_at_a_time(page):
                 ended.append(message)
                 gate.open()
         assert [message["success"] for message in ended] == [False, True]
-        assert ended[0]["output"]["error"].startswith("Your question before is still being answered")
+        assert ended[0]["output"]["error"].startswith("Your previous question is still being answered")
         assert list(messages_of(client, "another"))[-2]["success"]
 
 
 def test_a_users_questions_of_a_minute_are_counted(make_model):
     with served(make_model("bloom-tiny"), requests_per_minute=3) as page:
         assert len({page.ask() for _ in range(3)}) == 1
-        with pytest.raises(AnsweredWithError, match=r"Please go on in (60|[1-5]?\d) seconds\.$"):
+        with pytest.raises(AnsweredWithError, match=r"Please try again in (60|[1-5]?\d) seconds\.$"):
             page.ask()
 
 
@@ -180,7 +180,7 @@ def test_a_user_is_counted_under_no_other_address(make_model):
     with served(make_model("bloom-tiny"), requests_per_minute=1) as page:
         assert page.ask()
         client = page.client(headers={"X-Forwarded-For": "203.0.113.5"})
-        with client, pytest.raises(AnsweredWithError, match="last question of this minute"):
+        with client, pytest.raises(AnsweredWithError, match="reached this minute's limit"):
             list(listen(client, join(client)))
 
 

@@ -1,9 +1,11 @@
 """What the guard lets through, what it adds, and when a session is taken to be gone."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
+from gradio.route_utils import FnIndexInferError
 from starlette.responses import PlainTextResponse
 
 from sft.web.guard import GRACE, HEADERS, MAX_BODY, MAX_LOGINS, Guard, Listeners, int_or_zero, session_of
@@ -36,8 +38,8 @@ def scope_of(
     }
 
 
-def guard_of(app: Callable | None = None, **options: bool) -> Guard:
-    return Guard(app or PlainTextResponse("through"), Listeners(), **options)
+def guard_of(app: Callable | None = None, clock: Callable[[], float] = time.monotonic, **options: bool) -> Guard:
+    return Guard(app or PlainTextResponse("through"), Listeners(clock), **options)
 
 
 def status_of(method: str, path: str, **headers: str) -> int | None:
@@ -154,6 +156,7 @@ CLOSED_PATHS = [
     *("/openapi.json", "/gradio_api/queue/status", "/gradio_api/process_recording", "/pwa_icon", "/config/../x"),
     *("/assets/../config.json", "/assets/a\\b", "/assets/a\0", "/assets/a\r\n", "/static/..%2f", "//etc/passwd"),
     *("/assets/", "/assets", "", "/\n", "/config\n", "/gradio_api/call/chat/a/b", "/gradio_api/mcp"),
+    *("/gradio_api/call/nothing", "/gradio_api/call/on_send/1a"),
 ]
 
 
@@ -196,10 +199,9 @@ def test_a_length_of_very_many_digits_is_too_large():
     assert int_or_zero("9" * 5000) > MAX_BODY
 
 
-def test_logins_of_an_address_are_counted_a_minute(monkeypatch):
+def test_logins_of_an_address_are_counted_a_minute():
     clock = Clock()
-    monkeypatch.setattr("sft.web.guard.time.monotonic", clock)
-    guard = guard_of(any_host=True)
+    guard = guard_of(clock=clock, any_host=True)
 
     def log_in(address: str, path: str = "/login") -> int | None:
         refused = guard.refusal(scope_of("POST", path, client=(address, 1)))
@@ -211,7 +213,7 @@ def test_logins_of_an_address_are_counted_a_minute(monkeypatch):
     clock.now += 59
     assert log_in("a") == 429
     clock.now += 61
-    assert log_in("c") is None and list(guard.logins) == ["c"]
+    assert log_in("c") is None and list(guard.logins.times) == ["c"]
     assert log_in("a") is None
 
 
@@ -264,6 +266,15 @@ def test_a_listener_whose_answer_fails_is_counted_off():
 )
 def test_what_a_request_listens_to(method: str, path: str, query: str, session: str):
     assert session_of(scope_of(method, path, query)) == session
+
+
+@pytest.mark.parametrize("error", [KeyError(10_000), FnIndexInferError()])
+def test_an_event_that_the_page_does_not_have_is_not_found(error: Exception):
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        raise error
+
+    status, headers, text = ask(guard_of(app), scope_of("POST", "/gradio_api/run/predict"))
+    assert (status, text) == (404, b"no such event") and headers["content-security-policy"]
 
 
 def test_what_is_no_request_is_not_answered():

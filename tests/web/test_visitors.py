@@ -6,8 +6,8 @@ from collections.abc import Coroutine
 
 import pytest
 
-from sft.web.texts import say
-from sft.web.visitors import MINUTE, RefusedError, Visitor, WaitingLine
+from sft.web.texts import RefusedError
+from sft.web.visitors import MINUTE, RateLimit, Visitor, WaitingLine
 
 
 class Clock:
@@ -40,7 +40,19 @@ async def refusal(line: WaitingLine, session: str, user: str = "me") -> RefusedE
         return error
 
 
-def test_places_are_given_in_the_order_of_coming():
+def test_rate_limit_counts_each_name_in_any_minute_and_says_how_long_to_wait():
+    clock = Clock()
+    rate = RateLimit(2, clock)
+    assert [rate.take("a"), rate.take("a"), rate.take("b")] == [0, 0, 0]
+    clock.now += 20
+    assert rate.take("a") == MINUTE - 20
+    assert len(rate.times["a"]) == 2  # what was refused does not count
+    clock.now += MINUTE - 20
+    assert [rate.take("a"), rate.take("a")] == [0, 0]
+    assert rate.take("a") == MINUTE and list(rate.times) == ["a"]
+
+
+def test_first_come_first_served():
     async def test() -> list[str]:
         line, order = WaitingLine(50, 100), []
 
@@ -97,7 +109,7 @@ def test_a_full_line_takes_nobody_until_somebody_leaves():
             async with line.join(visitor("2")):
                 refused = await refusal(line, "3")
                 assert (refused.key, refused.values) == ("full", {"waiting": 2})
-                assert say("en", refused.key, **refused.values).startswith("2 questions are already waiting")
+                assert refused.sentence("en").startswith("2 questions are already waiting")
             assert await refusal(line, "3") is None
 
     run(test())
@@ -158,11 +170,11 @@ def test_a_refused_request_counts_for_nothing():
             for _ in range(10):
                 assert (await refusal(line, "b")).key == "full"
                 assert (await refusal(line, "a")).key == "one_at_a_time"
-        assert len(line.joined["me"]) == 1
+        assert len(line.rate.times["me"]) == 1
         assert await refusal(line, "b") is None
         for _ in range(10):
             assert (await refusal(line, "b")).key == "too_many"
-        assert len(line.joined["me"]) == 2 and line.tickets == []
+        assert len(line.rate.times["me"]) == 2 and line.tickets == []
 
     run(test())
 
@@ -173,10 +185,10 @@ def test_users_of_an_earlier_minute_are_forgotten():
         line = WaitingLine(5, 3, clock)
         for number in range(100):
             await refusal(line, "a", str(number))
-        assert len(line.joined) == 100
+        assert len(line.rate.times) == 100
         clock.now += MINUTE
         await refusal(line, "a", "last")
-        assert list(line.joined) == ["last"]
+        assert list(line.rate.times) == ["last"]
 
     run(test())
 
