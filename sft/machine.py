@@ -1,4 +1,4 @@
-"""The machine there is, its accelerator, and the memory of each device and of the host; or cards that one names."""
+"""The machine: its accelerator, and the memory of each device and of the host; or GPUs that are only named."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ from transformers.utils import is_torch_bf16_gpu_available
 from sft.program import UserError
 
 GIB = 2**30
-# CUDA's context and kernels, and what the allocator cannot use between its blocks.
+# CUDA's context and kernels, and what the allocator loses between its blocks.
 CUDA_BYTES, CUDA_SHARE = GIB, 0.05
-HEAP_SHARE = 0.15  # of a host's memory, for what glibc keeps of tensors that are gone
-# Of a card's memory: blocks that no tensor fits into, and workspaces of cuBLAS. Plans that need it are unproven.
+HEAP_SHARE = 0.15  # of a host's memory, for what glibc keeps of freed tensors
+# Of a GPU's memory, for fragmentation and workspaces of cuBLAS. Plans that need it are unproven.
 UNPROVEN_SHARE = 0.06
-OLDEST_CAPABILITY = "7.5 (Turing)"  # of the GPUs that PyTorch's own builds have kernels for
+OLDEST_CAPABILITY = "7.5 (Turing)"  # of the GPUs that PyTorch's own builds support
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Machine:
 
     @property
     def usable_bytes(self) -> int:
-        """Return what tensors can have of a device; on a CPU the ranks share the host's memory."""
+        """Return how much of a device tensors can use; on a CPU the ranks share the host's memory."""
         if self.is_gpu:
             return int(self.device_bytes * (1 - CUDA_SHARE)) - CUDA_BYTES
         return int(self.host_bytes * (1 - HEAP_SHARE)) // self.num_devices
 
     @property
     def proven_bytes(self) -> int:
-        """Return what a plan may ask of a device for the run to be sure to fit."""
+        """Return how much of a device a plan may use for the run to fit surely."""
         return self.usable_bytes - (int(self.device_bytes * UNPROVEN_SHARE) if self.is_gpu else 0)
 
 
 def accelerator(use_cpu: bool = False) -> torch.device | None:
-    """Return the kind of device that runs compute on beside the CPU, None without any: a GPU, or what PyTorch names."""
+    """Return the accelerator that runs compute on, a GPU or what PyTorch names; None for the CPU."""
     if use_cpu:
         return None
     if torch.cuda.is_available():
@@ -70,12 +70,12 @@ def choose_precision(device: torch.device | None) -> tuple[bool, bool]:
 
 
 def has_own_memory(device: torch.device | None) -> bool:
-    """Tell whether a device has a memory of its own; Apple's GPUs share the host's."""
+    """Tell whether a device has its own memory; Apple's GPUs share the host's."""
     return device is not None and device.type not in ("cpu", "mps")
 
 
 def check_kernels(on_the_cpu: str) -> None:
-    """Raise UserError if the installed PyTorch has no kernels for this process's GPU; `on_the_cpu` is what to type."""
+    """Raise UserError if the installed PyTorch does not support this process's GPU; `on_the_cpu` is what to type."""
     built_for = [int(name.split("_")[1].rstrip("af")) for name in torch.cuda.get_arch_list()]
     index = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
     major, minor = torch.cuda.get_device_capability(index)
@@ -83,19 +83,19 @@ def check_kernels(on_the_cpu: str) -> None:
         oldest = "{}.{}".format(*divmod(min(built_for), 10))
         raise UserError(
             f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and PyTorch "
-            f"{torch.__version__} has kernels from {oldest} on; choose a newer GPU by CUDA_VISIBLE_DEVICES, install a "
+            f"{torch.__version__} supports {oldest} and newer; choose a newer GPU by CUDA_VISIBLE_DEVICES, install a "
             f"PyTorch that was built for it, or type {on_the_cpu}"
         )
 
 
 def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_cpu: bool) -> Machine:
-    """Return this machine, or the one that --plan_gpu and --plan_ram name; raise UserError if they name none."""
+    """Return this machine, or the one that --plan_gpu and --plan_ram describe; raise UserError if they are invalid."""
     host_bytes = _size(plan_ram, f"--plan_ram {plan_ram}", "128GB") if plan_ram else available_bytes()
     if plan_gpu:
         match = re.fullmatch(r"(\d+)x(.+)", plan_gpu)
         number, size = (int(match[1]), match[2]) if match else (1, plan_gpu)
         if not number:
-            raise UserError(f"--plan_gpu {plan_gpu} is no card; leave it out to plan for this machine")
+            raise UserError(f"--plan_gpu {plan_gpu} names no GPU; leave it out to plan for this machine")
         device_bytes = _size(size, f"--plan_gpu {plan_gpu}", "2x24GB")
         return Machine(number, device_bytes, host_bytes, is_gpu=True, name=f"{number} x {size}")
     device = accelerator(use_cpu)
@@ -110,15 +110,15 @@ def find(plan_gpu: str | None, plan_ram: str | None, num_ranks: int | None, use_
 
 
 def _size(text: str, given: str, example: str) -> int:
-    """Return the bytes of a size such as 24GB; as of cards, a GB is 2^30 bytes here."""
+    """Return the bytes of a size such as 24GB; as for GPUs, a GB is 2^30 bytes here."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
-        raise UserError(f"{given} is no size; expected one such as {example}")
+        raise UserError(f"{given} is not a valid size; expected something like {example}")
     return int(float(match[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[match[2].upper()])
 
 
 def available_bytes() -> int:
-    """Return the host's memory that this process can still have: what is free, within its control group's limit."""
+    """Return how much of the host's memory this process can still get, within its control group's limit."""
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
@@ -129,12 +129,12 @@ def available_bytes() -> int:
         if Path(limit).exists() and (text := Path(limit).read_text().strip()).isdigit():
             known.append(max(0, int(text) - _held_bytes(Path(used))))
     if not known:
-        raise UserError("the host's free memory is not known here; name it: --plan_ram 64GB")
+        raise UserError("cannot tell the host's free memory; type it: --plan_ram 64GB")
     return min(known)
 
 
 def _held_bytes(used: Path) -> int:
-    """Return what a control group holds without the files that it would let go of."""
+    """Return what a control group uses, without cached files that it would give up."""
     stat = used.with_name("memory.stat")
     lines = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     files = lines.get("inactive_file", lines.get("total_inactive_file", 0))

@@ -1,4 +1,4 @@
-"""How every program here runs and ends: a user's mistake is exit code 2 and one line, never a traceback."""
+"""How every program runs and ends: a user's mistake is exit code 2 and one line, never a traceback."""
 
 import argparse
 import atexit
@@ -13,41 +13,41 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-KEYBOARD_INTERRUPT = 130  # the exit code of Ctrl-C: 128 and the number of its signal
+KEYBOARD_INTERRUPT = 130  # the exit code of Ctrl-C: 128 plus the signal number
 
 
 class EarlyEndError(Exception):
-    """The end of a program that has not done what it was asked for, with a message and an exit code."""
+    """The end of a program that did not do what it was asked to, with a message and an exit code."""
 
     exit_code = 1
     word = "stopped"
 
 
 class UserError(EarlyEndError):
-    """A mistake of the user's; the message says what was given, what was expected and what to type."""
+    """A user's mistake; the message says what was given, what was expected and what to type."""
 
     exit_code = 2
     word = "error"
 
 
 class OneRankError(UserError):
-    """A mistake, or a full disk, that other ranks need not meet; the rank that does prints it."""
+    """A mistake, or a full disk, that other ranks may not see; the rank that does prints it."""
 
 
 class WastedRunError(EarlyEndError):
-    """Training that comes to nothing: what happened, at which step, what is left, what to change."""
+    """Training that is wasted: what happened, at which step, what is left, what to change."""
 
     exit_code = 3
 
 
 class InterruptedRunError(EarlyEndError):
-    """A run that saved itself because it was told to end; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+    """A run that was asked to stop and has saved a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 
 
 class OneLineErrors:
-    """For parsers: an error is a `UserError`, one line without the lines of usage."""
+    """For parsers: an error is a `UserError`, one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Raise the error that argparse found."""
@@ -59,18 +59,18 @@ class ArgumentParser(OneLineErrors, argparse.ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, for use inside a message of our own."""
+    """Return the first line of an error's message, to put into a message of our own."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run `main`; on an `EarlyEndError` print it as one line on standard error and exit with its code.
+    """Run `main`; print an `EarlyEndError` as one line on standard error and exit with its code.
 
-    Every rank of a distributed run meets the same mistake, so only the first rank of each host prints it.
+    Every rank of a distributed run makes the same mistake, so only the first rank of each host prints it.
     """
     # DeepSpeed, imported by accelerate, warns on every machine without a GPU; our own header names the device.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    # DeepSpeed calls torch by a name that torch has since changed, and every rank would say so at every save.
+    # DeepSpeed uses a name that torch has since changed, and every rank would say so at every save.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if "LOCAL_RANK" in os.environ:
         end_with_parent()
@@ -81,24 +81,24 @@ def run_program(main: Callable[[], None]) -> None:
             _leave_at_once(0)
     except EarlyEndError as end:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(end, OneRankError):
-            for bar in tuple(tqdm._instances):  # so that the message is the last line, and one of its own
+            for bar in tuple(tqdm._instances):  # so that the message is the last line, on a line of its own
                 bar.close()
             print(f"{end.word}: {' '.join(str(end).split())}", file=sys.stderr, flush=True)
         _leave(end)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of a launcher, would be a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, from a launcher, would print a traceback
         sys.exit(KEYBOARD_INTERRUPT)
 
 
 def end_with_parent() -> None:
-    """Let Linux kill this process when its parent is killed; a rank would train on, and write beside its successor."""
+    """Let Linux kill this process if its parent is killed; a rank would otherwise go on beside its successor."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _leave(end: EarlyEndError) -> NoReturn:
-    """Exit with the code of `end`; a process group still open would abort, and closing it could wait for ever."""
+    """Exit with the code of `end`; an open process group would abort, and closing it could wait forever."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         _leave_at_once(end.exit_code)
@@ -106,6 +106,6 @@ def _leave(end: EarlyEndError) -> NoReturn:
 
 
 def _leave_at_once(exit_code: int) -> NoReturn:
-    """Exit without Python's and C++'s own tidying up, which can abort on the threads of ranks whose work is done."""
+    """Exit without the cleanup of Python and C++, which can abort on threads of ranks whose work is done."""
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(exit_code)

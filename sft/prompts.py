@@ -1,8 +1,8 @@
-"""The prompt: the only place where its text stands. Standard library only.
+"""The prompt: its text is in this file and nowhere else. Standard library only.
 
 The two templates are Stanford Alpaca's, to the letter (https://github.com/tatsu-lab/stanford_alpaca, Apache-2.0):
-one for a task with an input, one for a task without. A conversation of one turn is a task without input; one of
-several turns is written the way BelleGroup's multiturn_chat_0.8M writes it, in the place of the instruction.
+one for a task with an input, one for a task without. A conversation of one turn is a task without input; a longer one
+is written the way BelleGroup's multiturn_chat_0.8M writes it, in place of the instruction.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ PROMPT_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-# Who speaks in a conversation of several turns, at the beginning of a line.
+# Who speaks in a conversation of several turns, at the start of a line.
 HUMAN, ASSISTANT = "Human:", "Assistant:"
-# A reply that runs into one of these has begun to write the next turn by itself.
+# A reply that contains one of these has started to write the next turn itself.
 STOP_MARKERS = ("\n### Instruction", "\nHuman:")
 
 
 def build_prompt(instruction: str, input: str = "") -> str:
-    """Return the prompt of one task; the answer follows it directly."""
+    """Return the prompt of one task; the answer follows directly."""
     if input:
         return PROMPT_INPUT.format(instruction=instruction, input=input)
     return PROMPT_NO_INPUT.format(instruction=instruction)
 
 
 def split_prompt(instruction: str, input: str = "") -> list[str]:
-    """Return `build_prompt(instruction, input)` in parts: the template's own text and, between, the user's.
+    """Return `build_prompt(instruction, input)` in parts: the template's text and, in between, the user's.
 
-    The user's parts, every second one, begin with one line end and end with two, so that each part meets the next
-    between ":" and a line end or between a line end and "#".
+    The user's parts, every second one, begin with one newline and end with two, so that parts meet between ":" and a
+    newline, or between a newline and "#".
     """
     if not input:
         return [_BEFORE, f"\n{instruction}\n\n", _RESPONSE]
@@ -46,10 +46,10 @@ _BEFORE_INPUT, _INPUT = PROMPT_INPUT.split("\n{input}\n\n")[0].split("\n{instruc
 
 
 def body_spans(instruction: str, input: str = "") -> list[tuple[int, int]]:
-    """Return where the user's own text stands in `build_prompt(instruction, input)`.
+    """Return where the user's text is in `build_prompt(instruction, input)`.
 
-    Each span is (first character, one past the last). Spans come in the order in which they may be shortened:
-    the input before the instruction, since the instruction names the task.
+    Each span is (first character, one past the last), in the order in which they may be shortened: the input before
+    the instruction, since the instruction names the task.
     """
     if not input:
         start = PROMPT_NO_INPUT.index("{instruction}")
@@ -72,9 +72,9 @@ def build_chat_prompt(messages: Sequence[dict[str, str]]) -> str:
 
 
 def chat_instruction(system: str, history: Sequence[tuple[str, str]], question: str) -> str:
-    """Return what a conversation puts in the place of the instruction: the questions and replies so far, one question.
+    """Return a conversation in place of the instruction: the questions and replies so far, then one question.
 
-    Without history that is the question; `system` comes first as it is.
+    Without history that is only the question; `system` comes first, unchanged.
     """
     if not history:
         return system + question
@@ -82,7 +82,7 @@ def chat_instruction(system: str, history: Sequence[tuple[str, str]], question: 
 
 
 def write_turn(turn: tuple[str, str]) -> str:
-    """Return a question and its reply as they stand in the history of a conversation."""
+    """Return a question and its reply as they appear in the history of a conversation."""
     question, reply = turn
     return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n"
 
@@ -102,8 +102,8 @@ def split_system(messages: Sequence[dict[str, str]]) -> tuple[str, Sequence[dict
 def chat_template(bos_token: str = "", eos_token: str = "") -> str:
     """Return `build_chat_prompt` as a Jinja template, the form in which a tokenizer carries it.
 
-    `bos_token` is put first, for tokenizers that begin every text with one. With messages that end in an
-    assistant's reply the template gives that reply and `eos_token` too.
+    `bos_token` comes first, for tokenizers that begin every text with one. If the messages end in an assistant's
+    reply, the template adds that reply and `eos_token`.
     """
     before, after = PROMPT_NO_INPUT.split("{instruction}")
     return (

@@ -1,9 +1,9 @@
-"""A plain model folder out of any checkpoint, also one that DeepSpeed has split over its ranks.
+"""Write a plain model folder from any checkpoint, also one that DeepSpeed has split over its ranks.
 
     python -m sft.tools.export output_dir/bloom-7b1 exported                      the newest complete checkpoint
     python -m sft.tools.export output_dir/bloom-7b1/checkpoint-500 exported --dtype bfloat16
 
-Weights come from the optimizer's fp32 master copies where DeepSpeed has kept them, by DeepSpeed's own converter,
+Weights come from the optimizer's fp32 master copies if DeepSpeed has kept them, through DeepSpeed's own converter;
 otherwise from the checkpoint's safetensors files.
 """
 
@@ -33,7 +33,7 @@ def choose(path: str) -> Path:
             raise UserError(f"{path} has no complete checkpoint; give another folder")
         return newest
     if not folder.is_dir():
-        raise UserError(f"{path} is no folder; give a checkpoint, or the --output_dir of a run")
+        raise UserError(f"{path} is not a folder; give a checkpoint, or the --output_dir of a run")
     is_checkpoint = folder.name.startswith("checkpoint-")
     if fault := checkpoints.fault_of(folder) if is_checkpoint else checkpoints.fault_of_weights(folder):
         raise UserError(f"{path} cannot be exported: {fault}; give another checkpoint")
@@ -43,7 +43,7 @@ def choose(path: str) -> Path:
 def load(folder: Path) -> PreTrainedModel:
     """Return the model of a checkpoint in fp32, an adapter's with its base model.
 
-    Raises UserError if DeepSpeed's files cannot be put together, or a base model is not found.
+    Raises UserError if DeepSpeed's files cannot be merged, or a base model is not found.
     """
     if (adapter := load_adapter(str(folder), torch.float32)) is not None:
         return adapter[0]
@@ -54,7 +54,7 @@ def load(folder: Path) -> PreTrainedModel:
     try:
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     except Exception as error:  # it raises bare ones
-        raise UserError(f"DeepSpeed's files in {folder} cannot be put together: {one_line(error)}") from None
+        raise UserError(f"DeepSpeed's files in {folder} cannot be merged: {one_line(error)}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(str(folder)), dtype=torch.float32)
     found = model.load_state_dict(state, strict=False, assign=True)
@@ -67,9 +67,9 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def export(path: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a plain model folder with its tokenizer to `output`, new or empty; return the checkpoint it is from.
+    """Write a plain model folder with its tokenizer to `output`, new or empty; return the checkpoint used.
 
-    Raises UserError if there is no whole checkpoint at `path`, or something is at `output`.
+    Raises UserError if there is no complete checkpoint at `path`, or `output` is not empty.
     """
     with new_model_folder(output) as unfinished:
         folder = choose(path)
@@ -84,8 +84,8 @@ def main() -> None:
     """Export as the command line says."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a checkpoint, or the --output_dir of a run: its newest complete one")
-    parser.add_argument("output", help="the model folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; float32 unless given")
+    parser.add_argument("output", help="the model folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights, by default float32")
     given = parser.parse_args()
     folder = export(given.checkpoint, given.output, DTYPES[given.dtype])
     print(f"{folder} -> {given.output}, a model folder in {given.dtype}")

@@ -1,6 +1,6 @@
-"""A randomly initialised BLOOM or Falcon of a named shape, with a tokenizer trained on given text.
+"""Write a randomly initialised BLOOM or Falcon of a named shape, with a tokenizer trained on given text.
 
-The demo and the tests run on these, so that none of them needs a model hub:
+The demo and the tests use these, so that they need no model hub:
 
     python -m sft.tools.random_model --shape bloom-demo --text data_proj/sample --output output_dir/demo_base
 """
@@ -43,7 +43,7 @@ FALCON_SPECIAL_TOKENS = [
 
 
 def bloom(hidden_size: int, n_layer: int, n_head: int, vocab_size: int = 250880, **fields) -> BloomConfig:
-    """Return the configuration of a BLOOM; the defaults beside the sizes are BLOOM's own."""
+    """Return the configuration of a BLOOM; all but the sizes are BLOOM's own defaults."""
     return BloomConfig(
         hidden_size=hidden_size,
         n_layer=n_layer,
@@ -55,7 +55,7 @@ def bloom(hidden_size: int, n_layer: int, n_head: int, vocab_size: int = 250880,
 
 
 def falcon(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **fields) -> FalconConfig:
-    """Return the configuration of a Falcon; without further fields it has Falcon-7b's form: RoPE, multi-query."""
+    """Return the configuration of a Falcon; without further fields it is built as Falcon-7b: RoPE, multi-query."""
     fields = {"vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False, "alibi": False, **fields}
     return FalconConfig(
         hidden_size=hidden_size,
@@ -68,14 +68,14 @@ def falcon(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, *
 
 
 DEMO_VOCAB_SIZE = 4096
-# With the families' 0.02 so small a model gives every token the same probability, and tests could not tell it from
-# another.
+# With the families' 0.02 such a small model gives every token the same probability, and tests could not tell two
+# models apart.
 TINY = {"vocab_size": 1024, "initializer_range": 0.2}
 FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 SHAPES: dict[str, PretrainedConfig] = {
-    # 6 heads take the branch of the ALiBi slopes for head counts that are no power of two.
-    # FlexAttention takes no heads below 16.
+    # 6 heads take the branch of the ALiBi slopes for head counts that are not a power of two.
+    # FlexAttention needs heads of 16 or more.
     "bloom-tiny": bloom(64, 2, 4, **TINY),
     "bloom-tiny-6-heads": bloom(96, 2, 6, **TINY),
     "falcon-tiny": falcon(64, 2, 4, **TINY),
@@ -97,8 +97,8 @@ SHAPES: dict[str, PretrainedConfig] = {
 def train_tokenizer(family: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE vocabulary on `texts` with the pre-tokenizer and special tokens of `family`.
 
-    The pre-tokenizers are those of bigscience/tokenizer and tiiuae/falcon-7b, so text is cut where the real ones
-    cut it; the vocabulary holds every byte, so any text can be written.
+    The pre-tokenizers are those of bigscience/tokenizer and tiiuae/falcon-7b, so text is split where the real ones
+    split it; the vocabulary has every byte, so it can write any text.
     """
     special_tokens = BLOOM_SPECIAL_TOKENS if family == "bloom" else FALCON_SPECIAL_TOKENS
     tokenizer = Tokenizer(models.BPE())
@@ -146,7 +146,7 @@ def build_model(shape: str, seed: int = 0) -> PreTrainedModel:
 
 
 def save_random_model(shape: str, texts: Iterable[str], output: Path, seed: int = 0) -> PreTrainedModel:
-    """Write model and tokenizer as a Hugging Face folder, named inside as the families' own folders are."""
+    """Write model and tokenizer as a Hugging Face folder, with the same names inside as the families' own."""
     config = SHAPES[shape]
     tokenizer = train_tokenizer(config.model_type, texts, config.vocab_size)
     model = build_model(shape, seed)
@@ -160,7 +160,7 @@ def save_random_model(shape: str, texts: Iterable[str], output: Path, seed: int 
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """Yield the prompts and answers of the rows at `path`, to train a vocabulary on."""
+    """Yield the prompts and answers of the data at `path`, to train a vocabulary on."""
     for shard in find_shards(path):
         for row in read_samples(shard):
             yield row.prompt
@@ -168,10 +168,10 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the model that the command line names."""
+    """Write the model that the command line describes."""
     parser = ArgumentParser(description="Write a randomly initialised model with a trained tokenizer.")
     parser.add_argument("--shape", required=True, choices=SHAPES, help="family and size")
-    parser.add_argument("--text", required=True, help="shards whose prompts and answers train the vocabulary")
+    parser.add_argument("--text", required=True, help="data whose prompts and answers train the vocabulary")
     parser.add_argument("--output", required=True, type=Path, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     arguments = parser.parse_args()

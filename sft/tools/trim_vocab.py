@@ -1,11 +1,11 @@
-"""A model with the part of its vocabulary that one's data uses: fewer weights, a smaller loss, the same answers.
+"""Keep only the part of a vocabulary that your data uses: fewer weights, a cheaper loss, the same answers.
 
     python -m sft.tools.trim_vocab bigscience/bloom-560m output_dir/bloom-560m-zh --data data_proj/opendata
     python -m sft.tools.trim_vocab ... --keep_top 20000      no more than the 20,000 most frequent tokens of the data
 
-Kept are the tokens that training on the data would meet, those that they are merged from, the 256 bytes, the special
-tokens and those of the prompt. Text of the data is cut into the same tokens as before; other text is cut into more of
-them, down to bytes, and none is lost.
+It keeps the tokens that occur in the data, those that they are merged from, the 256 bytes, the special tokens and those
+of the prompt. The data is split into the same tokens as before; other text is split into more tokens, down to bytes,
+and nothing is lost.
 
 Symbols: V = tokens of the vocabulary, K = tokens kept, H = hidden size.
 """
@@ -43,7 +43,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-{base} with a smaller vocabulary, that of the data which it is to be fine-tuned on; the weights left are its own.
+{base} with a smaller vocabulary, that of the data it is to be fine-tuned on. The remaining weights are unchanged.
 
 {lines}
 
@@ -52,7 +52,7 @@ pipeline_tag: text-generation
 
 
 class Merges:
-    """The merges of a byte-level BPE, by which a token is made of two others."""
+    """The merges of a byte-level BPE: which two tokens make another."""
 
     def __init__(self, state: dict):
         """Take a tokenizer's state, as `tokenizers` writes it to JSON."""
@@ -60,9 +60,9 @@ class Merges:
         self.rank = {tuple(pair): rank for rank, pair in enumerate(state["model"]["merges"])}
 
     def parts_of(self, token: str) -> tuple[str, str] | None:
-        """Return the two tokens that are merged into a token at last; None if merging its bytes does not give it.
+        """Return the two tokens whose merge gives a token; None if merging its bytes does not give it.
 
-        Inside of any text the merges within a token are those of the token alone, since none crosses its ends.
+        Inside any text the merges within a token are those of the token alone, since none crosses its ends.
         """
         pieces = list(token)
         while len(pieces) > 2:
@@ -74,7 +74,7 @@ class Merges:
         return tuple(pieces) if tuple(pieces) in self.rank else None
 
     def made_of(self, token: str) -> set[int]:
-        """Return the ids of a token and of all that it is merged from; none of one that stands beside the merges."""
+        """Return the ids of a token and of all that it is merged from; nothing for a token without merges."""
         found, open_tokens = {}, [token] if token in self.ids else []
         while open_tokens:
             token = open_tokens.pop()
@@ -88,20 +88,20 @@ class Merges:
 
 
 def state_of(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return a tokenizer's state; raise UserError if it is no byte-level BPE, whose bytes can write any text."""
+    """Return a tokenizer's state; raise UserError if it is not a byte-level BPE, which can write any text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, vocabulary = state["model"], state["model"].get("vocab", ())
     affixes = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if model["type"] != "BPE" or affixes or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary):
         raise UserError(
-            f"the tokenizer is a {model['type']} without all bytes or with marks at its tokens; expected a byte-level "
-            "BPE, as BLOOM and Falcon have; train the model with its whole vocabulary"
+            f"the tokenizer is a {model['type']} that lacks bytes or marks its tokens; expected a byte-level BPE, as "
+            "BLOOM and Falcon have; train the model with its full vocabulary"
         )
     return state
 
 
 def pinned_ids(tokenizer: PreTrainedTokenizerBase, settings: Iterable[PretrainedConfig | GenerationConfig]) -> set[int]:
-    """Return the ids that are kept in any case: bytes, special and added tokens, the prompt's, the configurations'."""
+    """Return the ids that are always kept: bytes, special and added tokens, those of prompt and configurations."""
     names = [*pre_tokenizers.ByteLevel.alphabet(), *tokenizer.get_added_vocab(), *tokenizer.all_special_tokens]
     pinned = set(tokenizer.convert_tokens_to_ids(names))
     template = chain.from_iterable(map(prompts.split_prompt, ("", ""), ("", "-")))
@@ -109,7 +109,7 @@ def pinned_ids(tokenizer: PreTrainedTokenizerBase, settings: Iterable[Pretrained
         pinned.update(tokenizer(text, add_special_tokens=False).input_ids)
     for name, ids in chain.from_iterable(map(token_ids_of, settings)):
         if unknown := [id for id in ids if id >= len(tokenizer)]:
-            raise UserError(f"the model's {name} {unknown[0]} is no token of its tokenizer; mend config.json")
+            raise UserError(f"the model's {name} {unknown[0]} is not a token of its tokenizer; correct config.json")
         pinned.update(ids)
     return pinned
 
@@ -122,7 +122,7 @@ def token_ids_of(settings: PretrainedConfig | GenerationConfig) -> Iterator[tupl
 
 
 def ids_of(examples: Dataset) -> Iterator[np.ndarray]:
-    """Yield the token ids of all rows, some thousand rows at once."""
+    """Yield the token ids of all samples, some thousands at a time."""
     for start in range(0, len(examples), ROWS_AT_ONCE):
         rows = examples.with_format("arrow")[start : start + ROWS_AT_ONCE]
         yield rows.column("input_ids").combine_chunks().flatten().to_numpy()
@@ -139,10 +139,10 @@ def count_tokens(examples: Dataset, size: int) -> np.ndarray:
 def choose(
     counts: np.ndarray, tokens: Sequence[str], merges: Merges, pinned: set[int], keep_top: int | None
 ) -> list[int]:
-    """Return the ids to keep, in their order, (K,): the most frequent, what they are merged from, and the pinned ones.
+    """Return the ids to keep, sorted, (K,): the most frequent, what they are merged from, and the pinned ones.
 
-    `counts` is (V,), `tokens` the V names. Without `keep_top` all that occur are kept; those that come next, by how
-    often they occur and then by their ids, fill up to `keep_top` and to a multiple of 64.
+    `counts` is (V,), `tokens` the V names. Without `keep_top` all that occur are kept. The next ones, by frequency and
+    then by id, fill up to `keep_top` and to a multiple of 64.
     """
     occurring = np.flatnonzero(counts)
     by_count = occurring[np.argsort(-counts[occurring], kind="stable")].tolist()
@@ -199,10 +199,10 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int]) -> None:
 
 
 def check_same(before: Dataset, after: Dataset, kept: Sequence[int]) -> None:
-    """Assert that all rows are cut into the same tokens by both vocabularies."""
+    """Assert that both vocabularies split all samples into the same tokens."""
     rows = zip(ids_of(before), ids_of(after), strict=True)
     for ids, new_ids in tqdm(rows, "comparing", math.ceil(len(before) / ROWS_AT_ONCE), leave=False):
-        assert np.array_equal(ids, np.asarray(kept)[new_ids]), "the smaller vocabulary cuts the data another way"
+        assert np.array_equal(ids, np.asarray(kept)[new_ids]), "the smaller vocabulary splits the data differently"
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
@@ -210,7 +210,7 @@ def check_same(before: Dataset, after: Dataset, kept: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a smaller vocabulary has, and saves; each pair is before and after."""
+    """What a smaller vocabulary has, and saves; pairs are before and after."""
 
     num_tokens: tuple[int, int]
     num_occurring: int
@@ -219,18 +219,18 @@ class Outcome:
     data: str
 
     def lines(self) -> Iterator[str]:
-        """Yield it in words."""
+        """Yield the figures in words."""
         (before, after), (weights, fewer), (tokens, more) = self.num_tokens, self.num_parameters, self.data_tokens
-        cut = f"into {more / tokens - 1:.2%} more tokens than before" if more != tokens else "into as many tokens"
+        split = f"into {more / tokens - 1:.2%} more tokens than before" if more != tokens else "into as many tokens"
         yield f"tokens: {after:,} of {before:,}; the data has {self.num_occurring:,} of them"
         yield f"parameters: {fewer:,} of {weights:,}, {1 - fewer / weights:.1%} fewer"
-        yield f"the data is cut {cut}"
+        yield f"the data is split {split}"
 
 
 def trim(name: str, data: str, folder: Path, keep_top: int | None, max_length: int, cache_dir: str | None) -> Outcome:
     """Write the model and tokenizer `name` with a vocabulary for `data` into a folder.
 
-    Raises UserError if the data has no row, the tokenizer is no byte-level BPE, or no token would be left out.
+    Raises UserError if the data has no rows, the tokenizer is not a byte-level BPE, or no token would be dropped.
     """
     location = locate(name, cache_dir)
     config, tokenizer = load_config(location, cache_dir), load_tokenizer(location, max_length, cache_dir)
@@ -244,7 +244,7 @@ def trim(name: str, data: str, folder: Path, keep_top: int | None, max_length: i
     pinned = pinned_ids(tokenizer, (config, model.generation_config))
     kept = choose(counts, tokenizer.convert_ids_to_tokens(range(len(tokenizer))), merges, pinned, keep_top)
     if len(kept) >= config.vocab_size:
-        raise UserError(f"--data {data} leaves out no token of {name}; give a --keep_top far below {len(kept):,}")
+        raise UserError(f"--data {data} drops no token of {name}; give a --keep_top far below {len(kept):,}")
     trimmed = trimmed_tokenizer(tokenizer, kept)
     again, report_again = load_examples(data, trimmed, cache_dir, "--data")
     if counts[kept].sum() == counts.sum():
@@ -274,13 +274,13 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a model folder or a hub id")
     parser.add_argument("output", help="the model folder to make")
-    parser.add_argument("--data", required=True, help="the rows to fine-tune on, as train_sft.py's --data_path")
-    parser.add_argument("--keep_top", type=int, help="how many of the data's tokens to keep; all unless given")
-    parser.add_argument("--model_max_length", type=int, default=2048, help="of the training, where longer rows are cut")
-    parser.add_argument("--cache_dir", help="where hub files and tokenised rows are kept")
+    parser.add_argument("--data", required=True, help="the data to fine-tune on, as train_sft.py's --data_path")
+    parser.add_argument("--keep_top", type=int, help="how many of the data's tokens to keep, by default all")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="as in training, where longer rows are cut")
+    parser.add_argument("--cache_dir", help="where hub files and tokenised data are kept")
     given = parser.parse_args()
     if given.keep_top is not None and given.keep_top < 1:
-        raise UserError(f"--keep_top {given.keep_top} keeps nothing; give 1 or more, or leave it out")
+        raise UserError(f"--keep_top {given.keep_top} must be 1 or more; give another, or leave it out")
     with new_model_folder(given.output) as folder:
         outcome = trim(given.model, given.data, folder, given.keep_top, given.model_max_length, given.cache_dir)
     Path(given.output, "README.md").write_text(card_of(given.model, given.output, outcome), encoding="utf-8")

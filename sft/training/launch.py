@@ -1,9 +1,9 @@
-"""One process for each GPU of this host, by torchrun, whose exit code is the ranks' own.
+"""Start one process per GPU of this host with torchrun; the exit code is the ranks' own.
 
     python -m sft.training.launch --ranks 8 train_sft.py --deepspeed ds_zero2_config.json ...
     python -m sft.training.launch --nnodes 2 --node_rank 0 --master_addr 10.0.0.1 train_sft.py ...   on each host
 
-SIGTERM and Ctrl-C reach every rank; what has not ended GRACE_SECONDS later (25 unless set) is killed.
+SIGTERM and Ctrl-C reach every rank; ranks that are still running GRACE_SECONDS later (default 25) are killed.
 """
 
 import argparse
@@ -33,22 +33,22 @@ from sft.program import (
     run_program,
 )
 
-MASTER_PORT = 29500  # torchrun's own; several hosts must agree on one
+MASTER_PORT = 29500  # torchrun's default; several hosts must agree on one
 
 
 class RankEndedError(EarlyEndError):
-    """The end of a rank that could not say itself why."""
+    """The end of a rank that could not give the reason itself."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; raise UserError where there is no GPU for the ranks asked for."""
+    """Read the command line; raise UserError if there is no GPU for the ranks asked for."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, help="processes on this host; by default one for each visible GPU")
-    parser.add_argument("--cpu", action="store_true", help="ranks on the CPU")
-    parser.add_argument("--nnodes", type=int, default=1, help="hosts")
-    parser.add_argument("--node_rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--ranks", type=int, help="processes on this host; by default one per visible GPU")
+    parser.add_argument("--cpu", action="store_true", help="run the ranks on the CPU")
+    parser.add_argument("--nnodes", type=int, default=1, help="number of hosts")
+    parser.add_argument("--node_rank", type=int, default=0, help="index of this host, from 0")
     parser.add_argument("--master_addr", default="", help="the address of host 0")
-    parser.add_argument("--master_port", type=int, default=0, help="a port on it; one host takes any free one")
+    parser.add_argument("--master_port", type=int, default=0, help="a port on host 0; a single host takes any free one")
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args(arguments)
@@ -60,14 +60,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise UserError("no GPU is visible here; type DEVICE=cpu NUM_GPUS=2 for two ranks on the CPU")
         given.ranks = given.ranks or there
         if not 0 < given.ranks <= there:
-            raise UserError(f"NUM_GPUS {given.ranks} is not 1 to {there}, the number of GPUs visible here")
+            raise UserError(f"NUM_GPUS {given.ranks} must be from 1 to {there}, the number of visible GPUs")
     given.ranks = 2 if given.ranks is None else given.ranks
     if given.ranks < 1:
-        raise UserError(f"NUM_GPUS {given.ranks} is no number of processes; give 1 or more")
+        raise UserError(f"NUM_GPUS {given.ranks} must be 1 or more")
     if given.nnodes > 1 and not given.master_addr:
-        raise UserError("NNODES is given without MASTER_ADDR; give the address of host 0, the same on every host")
+        raise UserError("NNODES needs MASTER_ADDR: give the address of host 0, the same on every host")
     if not 0 <= given.node_rank < given.nnodes:
-        raise UserError(f"NODE_RANK {given.node_rank} is none of 0 to {given.nnodes - 1}; number the hosts from 0")
+        raise UserError(f"NODE_RANK {given.node_rank} must be from 0 to {given.nnodes - 1}; number the hosts from 0")
     return given
 
 
@@ -79,14 +79,14 @@ def torchrun_arguments(given: argparse.Namespace) -> list[str]:
         meeting = [f"--nnodes={given.nnodes}", f"--node_rank={given.node_rank}"]
         meeting += [f"--master_addr={given.master_addr or '127.0.0.1'}"]
         meeting += [f"--master_port={given.master_port or MASTER_PORT}"]
-    # The signals are passed on here: torchrun would kill ranks that are saving, and forget their exit code.
+    # Signals are passed on here: torchrun would kill ranks that are saving, and lose their exit code.
     return [*meeting, f"--nproc_per_node={given.ranks}", "--signals_to_handle=SIGQUIT", given.script] + (
         given.script_arguments
     )
 
 
 def interface_towards(address: str, port: int) -> str | None:
-    """Return the name of the network interface by which this host reaches another, or None if it does not."""
+    """Return the network interface through which this host reaches another, None if it has none."""
     try:
         family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -101,10 +101,10 @@ def interface_towards(address: str, port: int) -> str | None:
 
 
 def pass_on(signal_number: int, grace_seconds: float) -> None:
-    """Send a signal to every rank, and kill what is left of them after a while; end at once where there is none yet."""
+    """Send a signal to every rank and kill those still running after a while; exit at once if there is none yet."""
     ranks = psutil.Process().children()
     if not ranks:
-        os._exit(128 + signal_number)  # torchrun, which may wait for another host, would go on
+        os._exit(128 + signal_number)  # torchrun may be waiting for another host, and would go on
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):
             rank.send_signal(signal_number)
@@ -121,7 +121,7 @@ def pass_on(signal_number: int, grace_seconds: float) -> None:
 
 
 def listen(grace_seconds: float) -> None:
-    """Pass SIGTERM and Ctrl-C on from a thread: torchrun's own can wait for another host without looking at them."""
+    """Pass SIGTERM and Ctrl-C on from a thread: torchrun may be waiting for another host without handling them."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
@@ -130,7 +130,7 @@ def listen(grace_seconds: float) -> None:
 
     def wait() -> None:
         while signal_number := os.read(reading, 1)[0]:
-            if signal_number in (signal.SIGTERM, signal.SIGINT):  # torchrun hears another one itself
+            if signal_number in (signal.SIGTERM, signal.SIGINT):  # torchrun handles others itself
                 pass_on(signal_number, grace_seconds)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -140,15 +140,15 @@ def main() -> None:
     """Run the ranks; end with the exit code of the first that fails."""
     given = parse_arguments()
     cores = max(1, (os.cpu_count() or 1) // given.ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # torchrun would take one, too few for offloaded states
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # torchrun would set one, too few for offloaded states
     if given.nnodes > 1 and (interface := interface_towards(given.master_addr, given.master_port or MASTER_PORT)):
-        # Otherwise ranks give each other the address of their host's name, which is often 127.0.0.1.
+        # Otherwise ranks exchange the address of their host's name, which is often 127.0.0.1.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves why they end
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks give the reason themselves
     try:
         grace_seconds = float(os.environ.get("GRACE_SECONDS", 25))
     except ValueError:
-        raise UserError(f"GRACE_SECONDS is {os.environ['GRACE_SECONDS']}; give a number of seconds") from None
+        raise UserError(f"GRACE_SECONDS is {os.environ['GRACE_SECONDS']}; expected a number of seconds") from None
     listen(grace_seconds)
     try:
         torchrun.main(torchrun_arguments(given))
@@ -160,13 +160,13 @@ def main() -> None:
 
 
 def end_like(failed: ChildFailedError) -> NoReturn:
-    """Exit with the code of the first rank that failed; raise RankEndedError where it had no time for a last word."""
+    """Exit with the code of the first rank that failed; raise RankEndedError if it could not print the reason."""
     rank, failure = failed.get_first_failure()
     code = failure.exitcode
     if code in (UserError.exit_code, WastedRunError.exit_code, InterruptedRunError.exit_code, KEYBOARD_INTERRUPT):
         sys.exit(code)
     how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    end = RankEndedError(f"rank {rank} ended with {how}, and the others with it; its own output stands above")
+    end = RankEndedError(f"rank {rank} ended with {how}, and the others with it; see its output above")
     end.exit_code = code if code > 0 else 128 - code
     raise end
 
