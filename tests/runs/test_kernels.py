@@ -17,6 +17,7 @@ from support.project import PROJECT
 
 BESIDE = Path(sys.prefix) / "triton"  # where tests/run.sh puts it
 TOLERANCE = {"fp32": 5e-6, "fp16": 1e-3}
+MORE_HEADS = ["80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16"]
 
 pytestmark = pytest.mark.skipif(not (BESIDE / "triton").is_dir(), reason="Triton is not installed")
 
@@ -35,7 +36,13 @@ def read_from_memory(kernel: str, pointer: str) -> int:
     return len(re.findall(rf"tl\.load\({pointer} ", kernel))
 
 
-@pytest.mark.parametrize("heads", ["64,fp32", "80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        "64,fp32",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16")),
+    ],
+)
 def test_attention_by_blocks_is_attention_forward_and_backward(heads: str):
     found = interpret("attention", heads)
     kernels = found.pop("kernels")
