@@ -17,7 +17,6 @@ from support.project import PROJECT
 
 BESIDE = Path(sys.prefix) / "triton"  # where tests/run.sh puts it
 TOLERANCE = {"fp32": 5e-6, "fp16": 1e-3}
-MORE_HEADS = ["80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16"]
 
 pytestmark = pytest.mark.skipif(not (BESIDE / "triton").is_dir(), reason="Triton is not installed")
 
