@@ -22,7 +22,7 @@ from support.project import PROJECT, SAMPLE
 FLAGS = ["--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
 ZERO_2 = ["--use_cpu", "True", "--deepspeed", str(PROJECT / "ds_zero2_config.json")]
 LAUNCHER = ["-m", "sft.training.launch", "--cpu", "--ranks", "2"]
-SECONDS_TO_LIVE = 9  # of a killed run after its header; its first save takes 5 of them
+STEPS_TO_LIVE = 35  # at the most, of a killed run
 
 
 @pytest.fixture
@@ -65,11 +65,18 @@ def wait_for_training(run: subprocess.Popen, line_start: str = "checked") -> Non
     pytest.fail(f"ended before it trained: {run.stderr.read()[-2000:]}")
 
 
+def wait_for_a_moment(run: subprocess.Popen, moments: random.Random) -> None:
+    """Wait for some steps of a run and a part of the next one, or of its save."""
+    for _ in range(moments.randint(1, STEPS_TO_LIVE)):
+        wait_for_training(run, "{'loss'")
+    time.sleep(moments.uniform(0, 0.2))
+
+
 def kill(victim: psutil.Process, run: subprocess.Popen) -> None:
     """Kill a process of a run by SIGKILL; with the launcher all others end at once, with a rank soon."""
     ranks = psutil.Process(run.pid).children()
     victim.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=5 if victim.pid == run.pid else 60)
+    _, alive = psutil.wait_procs(ranks, timeout=30 if victim.pid == run.pid else 60)
     assert not alive, f"{alive} went on"
     run.communicate()
 
@@ -83,8 +90,7 @@ def test_killed_at_random_moments_equals_never_interrupted(request, start, tmp_p
     while_saving = 0
     for _ in range(kills):
         run = start(tmp_path / "killed", *flags)
-        wait_for_training(run)
-        time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
+        wait_for_a_moment(run, moments)
         assert run.poll() is None, "ended before it could be killed"
         run.kill()
         run.communicate()
@@ -105,8 +111,7 @@ def test_two_ranks_killed_at_random_moments_equal_never_interrupted(request, sta
     for number in range(kills):
         # Cold, so that the ranks are the launcher's own children.
         run = start(tmp_path / "killed", *flags, launcher=LAUNCHER, python=sys.executable)
-        wait_for_training(run)
-        time.sleep(moments.uniform(0, SECONDS_TO_LIVE))
+        wait_for_a_moment(run, moments)
         launcher = psutil.Process(run.pid)
         kill(launcher.children()[moments.randrange(2)] if number % 2 else launcher, run)
     finish(start(tmp_path / "killed", *flags, launcher=LAUNCHER))
