@@ -136,7 +136,7 @@ def warm_python(cache_dir: Path) -> Iterator[str]:
         server.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(cache_dir: Path, warm_python: str) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs `python ARGUMENTS` in the project's folder and captures what it prints."""
 

@@ -26,6 +26,7 @@ from sft.data.encode import Encoder
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
 from sft.program import UserError, run_program
+from support import disks
 from support.project import PROJECT
 
 
@@ -280,11 +281,8 @@ def test_of_two_that_start_at_once_one_does_the_work(start, folder, tokenizer, e
 
 @pytest.mark.parametrize("change", ["a row more", "touched", "gone"])
 def test_a_file_that_changes_meanwhile_is_refused(change, tokenizer, tmp_path, monkeypatch):
-    file, cache_dir, encode_block = (
-        write(tmp_path / "rows.jsonl", rows_of(1500)),
-        tmp_path / "cache",
-        cache.encode_block,
-    )
+    file, cache_dir = write(tmp_path / "rows.jsonl", rows_of(1500)), tmp_path / "cache"
+    encode_block = cache.encode_block
 
     def encode(encoder: Encoder, number: int, block: shards.Block, shape: object) -> cache.Encoded:
         if change == "gone":
@@ -305,13 +303,8 @@ def test_a_file_that_changes_meanwhile_is_refused(change, tokenizer, tmp_path, m
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted only as root, and not in every container")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -323,7 +316,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
         rf"error: tokenised rows cannot be stored in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
     )
     assert re.match(said + "--cache_dir with room, or --streaming True", line), line
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    disks.remount(small_disk, "size=64m")
     assert_whole(folder, tokenizer, small_disk / "cache", expected)
 
 

@@ -15,7 +15,7 @@ from sft.model import attention, patch
 from sft.model.attention import FlatBatch
 from sft.tools.random_model import build_model
 from support.examples import TOLERANCE, make_examples, mask_prompt, off_by, positions_of, wrong_gradients
-from support.project import TINY_SHAPES
+from support.project import SLOW_SHAPES, TINY_SHAPES
 
 ALIBI_SHAPES = ["bloom-tiny", "bloom-tiny-6-heads", "falcon-tiny-rw"]
 LENGTHS = (5, 300, 1, 40)  # boundaries inside blocks of 128, an example over three of them, one of one token
@@ -61,7 +61,7 @@ def test_a_flat_row_has_the_loss_and_gradients_of_each_example_alone(shape: str,
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
 
 
-@pytest.mark.parametrize("shape", TINY_SHAPES)
+@pytest.mark.parametrize("shape", SLOW_SHAPES)
 def test_compiling_the_rest_of_the_model_changes_nothing(shape: str, device: str):
     own, model = make_installed(shape, device).train(), make_installed(shape, device).train()
     examples = make_examples(LENGTHS, device)
@@ -85,7 +85,7 @@ def test_compiling_the_rest_of_the_model_changes_nothing(shape: str, device: str
     assert wrong_gradients(model, own, TOLERANCE[device]) == {}
 
 
-@pytest.mark.parametrize("shape", TINY_SHAPES)
+@pytest.mark.parametrize("shape", SLOW_SHAPES)
 def test_compiled_blocks_change_nothing_and_are_compiled_once_for_all_layers(shape: str):
     own, model = make_installed(shape).train(), make_installed(shape).train()
     examples = make_examples(LENGTHS)

@@ -125,10 +125,11 @@ def test_killed_and_started_again_equals_never_interrupted(packing, train, tmp_p
 
 
 @pytest.mark.slow
-def test_two_ranks_of_either_stage_equal_one_process(make_model, data, cache_dir, tmp_path):
+def test_two_ranks_of_either_stage_equal_one_process(make_model, data, cache_dir, warm_python, tmp_path):
     flags = ["--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0"]
     flags += ["--packing", "False", "--adam_epsilon", "1e-3", "--lora_r", "4", "--save_strategy", "no"]
     places = {"MODEL": str(make_model("bloom-tiny")), "DATA": str(data), "PYTHON": sys.executable}
+    places |= {"PYTHON_EXEC": warm_python}
     ways = {"one": ["sh", "base_run.sh", "--gradient_accumulation_steps", "2"]}
     ways |= {"2": ["sh", "ds_all.sh"], "3": ["sh", "ds_all.sh"]}
     for name, command in ways.items():

@@ -77,8 +77,8 @@ def assert_equal_to_reference(hidden_states, weight, labels, num_items=None) -> 
     assert [error(mine, true) < TOLERANCE for mine, true in pairs] == [True, True]
 
 
-@pytest.mark.parametrize("positions", [0, 1, 2, 3, 7, 1000])
-@pytest.mark.parametrize(("rows", "length"), [(1, 2), (1, 12), (1, 23), (3, 9)])
+@pytest.mark.parametrize("positions", [0, 1, 7, 1000])
+@pytest.mark.parametrize(("rows", "length"), [(1, 2), (1, 23), (3, 9)])
 def test_value_and_gradients_are_those_of_all_logits_in_fp64(positions, rows, length, device, monkeypatch):
     hold(monkeypatch, positions)
     assert_equal_to_reference(*batch(device, rows, length))
@@ -98,7 +98,7 @@ def test_the_sum_is_divided_by_the_number_of_items_that_was_given(num_items, pos
     assert_equal_to_reference(*batch(device, rows=2), num_items)
 
 
-@pytest.mark.parametrize("position", range(6))
+@pytest.mark.parametrize("position", [0, 1, 5])
 def test_a_single_label_is_predicted_from_the_position_before_it(position, device):
     hidden_states, weight, _ = batch(device, length=6)
     labels = torch.full((1, 6), -100, device=device)

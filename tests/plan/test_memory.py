@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from sft.machine import GIB
 from sft.model.load import count_parameters
@@ -81,3 +83,10 @@ def test_the_arithmetic_of_two_hosts_with_four_devices_each():
     # The weights in 16 bits; 16 bytes a parameter, halved over two hosts, and half as much again.
     assert zero_bytes(3, "optimizer", 1430, 1000, 4, 2) == (4000 + 2 * 1430 // 8, 16 * 1430 / 2 * 1.5)
     assert zero_bytes(3, "all", 1430, 1000, 4, 2) == (4000, 18 * 1430 / 2 * 1.5)
+
+
+def test_zero_takes_what_deepspeed_estimates():
+    on_host, on_device, _ = estimate_zero3_model_states_mem_needs(1430, 1000, 8, 2, True, True)
+    assert zero_bytes(3, "all", 1430, 1000, 8, 2) == (on_device, on_host)
+    on_host, on_device = estimate_zero2_model_states_mem_needs(1430, 8, 2, cpu_offload=False)
+    assert zero_bytes(2, "none", 1430, 1000, 8, 2) == (on_device, on_host)

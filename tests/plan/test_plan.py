@@ -109,9 +109,10 @@ def test_the_header_says_what_the_run_takes(plan):
 
 
 @pytest.mark.slow
-def test_the_script_runs_the_stage_that_the_plan_chose(make_model, data, cache_dir, tmp_path):
+def test_the_script_runs_the_stage_that_the_plan_chose(make_model, data, cache_dir, warm_python, tmp_path):
     variables = {"MODEL": make_model("bloom-tiny"), "DATA": data, "OUTPUT": tmp_path / "o", "DEVICE": "cpu"}
-    variables |= {"ZERO_STAGE": "auto", "NUM_GPUS": 2, "PYTHON": sys.executable, "HF_DATASETS_CACHE": cache_dir}
+    variables |= {"ZERO_STAGE": "auto", "NUM_GPUS": 2, "PYTHON": sys.executable, "PYTHON_EXEC": warm_python}
+    variables |= {"HF_DATASETS_CACHE": cache_dir}
     result = subprocess.run(
         ["sh", PROJECT / "ds_all.sh", "--max_steps", "1", "--save_strategy", "no"],
         env={**os.environ, **{name: str(value) for name, value in variables.items()}},

@@ -17,17 +17,18 @@ from benchmarks.throughput import Meter
 from support.project import PROJECT, SAMPLE
 
 
-def run(module: str, *arguments: object, timeout: float = 300) -> str:
+def measured(module: str, *arguments: object, timeout: float = 300) -> str:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
     ways = ["plain", "padded", "ours", "plain-packed", "ours-packed", *(["trl-padded"] if find_spec("trl") else [])]
     given = ["--shape", "bloom-tiny", "--data", SAMPLE, "--steps", 2, "--warmup", 1, "--max_length", 512]
-    printed = run("benchmarks.throughput", *given, "--output", tmp_path, "--ways", *ways)
+    printed = measured("benchmarks.throughput", *given, "--output", tmp_path, "--ways", *ways)
     name = next(tmp_path.glob("*.json")).stem
     results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
     assert list(results) == ways
@@ -42,16 +43,18 @@ def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
     assert table.count("\n| ") == 2 + len(ways) and table in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["stock", "ours"])
 def test_memory_above_the_model_grows_with_the_row(way):
     given = ["--shape", "bloom-demo", "--only", way]
-    short, long = (json.loads(run("benchmarks.memory", *given, length))["bytes"] for length in (512, 2048))
+    short, long = (json.loads(measured("benchmarks.memory", *given, length))["bytes"] for length in (512, 2048))
     assert 0 < short < long
 
 
+@pytest.mark.slow
 def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_model: Callable[[str], Path]):
     given = ["--shape", "bloom-tiny", "--prompt_tokens", 8, "--new_tokens", 4, "--rounds", 1, "--rows", 3]
-    printed = run(
+    printed = measured(
         "benchmarks.generation",
         *given,
         "--checkpoint",
@@ -72,9 +75,10 @@ def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_mo
     assert (tmp_path / f"{name}.md").read_text().split("\n\n")[-1] in printed
 
 
+@pytest.mark.slow
 def test_a_trimmed_model_trains_on_the_same_tokens(tmp_path: Path):
     given = ["--shape", "bloom-tiny", "--vocab_size", 600, "--steps", 1, "--max_length", 256, "--output", tmp_path]
-    printed = run("benchmarks.trim_vocab", *given)
+    printed = measured("benchmarks.trim_vocab", *given)
     results = json.loads((tmp_path / "trim-vocab-bloom-tiny-cpu.json").read_text())["results"]
     whole, trimmed = results["whole"], results["trimmed"]
     assert whole["parameters"] - trimmed["parameters"] == (1024 - 600) * 64
@@ -84,7 +88,7 @@ def test_a_trimmed_model_trains_on_the_same_tokens(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_gpu_script_runs_every_item_on_a_cpu_with_tiny_shapes(tmp_path: Path):
-    printed = run("benchmarks.gpu", "--minutes", 8, "--output", tmp_path, timeout=600)
+    printed = measured("benchmarks.gpu", "--minutes", 8, "--output", tmp_path, timeout=600)
     saved = json.loads((tmp_path / "gpu-cpu.json").read_text())
     figures = saved["figures"]
     assert [figure for figure in figures if figure["what"] == "FAILED" or "failed" in figure] == []
@@ -101,6 +105,7 @@ def test_the_gpu_script_runs_every_item_on_a_cpu_with_tiny_shapes(tmp_path: Path
     assert len([line for line in printed.splitlines() if " s  " in line]) == len(figures)
 
 
+@pytest.mark.slow
 def test_an_item_that_fails_or_dies_is_said_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = tmp_path / "sitecustomize.py"
     broken.write_text(
@@ -117,7 +122,7 @@ def test_an_item_that_fails_or_dies_is_said_and_the_rest_goes_on(tmp_path: Path,
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
     items = ["attention_exact", "loss_exact", "machine"]
-    run("benchmarks.gpu", "--output", tmp_path, "--items", *items)
+    measured("benchmarks.gpu", "--output", tmp_path, "--items", *items)
     figures = json.loads((tmp_path / "gpu-cpu.json").read_text())["figures"]
     told = [(figure["item"], figure["what"]) for figure in figures]
     assert told[:3] == [("attention_exact", "first"), ("attention_exact", "FAILED"), ("loss_exact", "FAILED")]
@@ -183,8 +188,7 @@ def test_the_clock_starts_when_nothing_is_compiled_any_more_and_counts_stay_on_t
         ("generation", ["--checkpoint", "x"], "--checkpoint and --data belong together"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected):
+def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected, run):
     shape = [] if module == "gpu" else ["--shape", "bloom-tiny"]
-    command = [sys.executable, "-m", f"benchmarks.{module}", *shape, *given]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    done = run("-m", f"benchmarks.{module}", *shape, *given)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr

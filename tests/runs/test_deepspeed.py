@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.data.encode import encode_samples
 from sft.data.formats import read_samples
+from support.plain_loop import logged
 from support.project import PROJECT, SAMPLE
 
-pytestmark = pytest.mark.slow
 NUM_ROWS = 11  # no multiple of 4 rows a step, so each epoch ends in a step of 3
 FLAGS = ["--num_train_epochs", "2", "--logging_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "no"]
 FLAGS += ["--activation_checkpointing", "False", "--warmup_steps", "0", "--per_device_eval_batch_size", "5"]
@@ -28,11 +28,6 @@ FLAGS += ["--activation_checkpointing", "False", "--warmup_steps", "0", "--per_d
 FLAGS += ["--adam_epsilon", "1e-3"]
 APART = ["--packing", "False", "--per_device_train_batch_size", "1"]
 PACKED = ["--packing", "True", "--model_max_length", "300"]
-
-
-def logged(output: Path, name: str = "loss") -> list[float]:
-    state = json.loads((output / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,12 +51,18 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def train(make_model, cache_dir, data) -> Callable[..., str]:
+def train(make_model, cache_dir, data, warm_python) -> Callable[..., str]:
     """Return a function that runs a script, or a launcher and train_sft.py, to its end and returns what it printed."""
 
     def train(command: list, output: Path, shape: str, *flags: str, code: int = 0, **environment: str) -> str:
         places = {"MODEL": str(make_model(shape)), "DATA": str(data["train"]), "OUTPUT": str(output)}
-        settings = {"PYTHON": sys.executable, "HF_DATASETS_CACHE": str(cache_dir), **places, **environment}
+        settings = {
+            "PYTHON": sys.executable,
+            "PYTHON_EXEC": warm_python,
+            "HF_DATASETS_CACHE": str(cache_dir),
+            **places,
+            **environment,
+        }
         if "train_sft.py" in command:
             given = ["--model_name_or_path", places["MODEL"], "--data_path", places["DATA"], "--output_dir", output]
             command = [*command, *given, "--use_cpu", "True", "--per_device_train_batch_size", "1"]
@@ -80,13 +81,13 @@ def train(make_model, cache_dir, data) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def one_process(train, tmp_path_factory) -> Callable[..., Path]:
+def one_process(train, tmp_path_factory, warm_python) -> Callable[..., Path]:
     """Return a function that gives the folder one process makes, with twice a rank's accumulation."""
 
     @cache
     def one_process(shape: str, *packing: str) -> Path:
         output = tmp_path_factory.mktemp("one") / "model"
-        train(["sh", "base_run.sh"], output, shape, "--gradient_accumulation_steps", "4", *packing)
+        train([warm_python, "train_sft.py"], output, shape, "--gradient_accumulation_steps", "4", *packing)
         return output
 
     return one_process
@@ -113,8 +114,8 @@ def assert_equal_runs(output: Path, expected: Path) -> None:
     ("kind", "shape", "packing"),
     [
         ("ZeRO-2", "falcon-tiny", PACKED),  # BLOOM, not packed: the two hosts below
-        ("ZeRO-3", "falcon-tiny", APART),  # BLOOM, packed: the next test
-        ("DDP", "falcon-tiny", PACKED),  # BLOOM, not packed: the test after it
+        pytest.param("ZeRO-3", "falcon-tiny", APART, marks=pytest.mark.slow),  # BLOOM, packed: the next test
+        pytest.param("DDP", "falcon-tiny", PACKED, marks=pytest.mark.slow),  # BLOOM, not packed: the test after it
     ],
 )
 def test_two_ranks_equal_one_process_with_twice_the_accumulation(kind, shape, packing, train, one_process, tmp_path):
@@ -139,6 +140,7 @@ def mean_loss(folder: Path, rows: Path, dtype: torch.dtype) -> float:
     return loss_sum / num_labels
 
 
+@pytest.mark.slow
 def test_a_zero_3_folder_gives_the_losses_of_the_run_itself_and_a_run_goes_on_from_it(
     train, one_process, data, tmp_path
 ):
@@ -159,6 +161,7 @@ def test_a_zero_3_folder_gives_the_losses_of_the_run_itself_and_a_run_goes_on_fr
     assert all(torch.equal(tensor, result[name]) for name, tensor in weights(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_a_zero_3_folder_of_a_run_in_16_bits_gives_its_losses(train, data, tmp_path):
     two_ranks(train, "ZeRO-3", tmp_path, "bloom-tiny", *APART, "--bf16", "True")
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -166,13 +169,15 @@ def test_a_zero_3_folder_of_a_run_in_16_bits_gives_its_losses(train, data, tmp_p
     assert mean_loss(tmp_path, data["held out"], torch.bfloat16) == expected
 
 
-def test_one_process_goes_on_exactly_from_a_checkpoint_of_two(train, one_process, tmp_path):
+@pytest.mark.slow
+def test_one_process_goes_on_exactly_from_a_checkpoint_of_two(train, one_process, warm_python, tmp_path):
     flags = [*APART, "--save_strategy", "steps", "--save_steps", "3"]
     printed = two_ranks(train, "DDP", tmp_path, "bloom-tiny", *flags)
     assert "each with the whole model" in printed
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
     shutil.rmtree(tmp_path / "checkpoint-6")
-    printed = train(["sh", "base_run.sh"], tmp_path, "bloom-tiny", "--gradient_accumulation_steps", "4", *flags)
+    flags += ["--gradient_accumulation_steps", "4"]
+    printed = train([warm_python, "train_sft.py"], tmp_path, "bloom-tiny", *flags)
     assert f"resuming from {tmp_path}/checkpoint-3" in printed
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
 
@@ -214,12 +219,14 @@ def train_on_hosts(
         return list(pool.map(train_on, range(2)))
 
 
+@pytest.mark.slow
 def test_two_hosts_equal_one_process(two_hosts, train, one_process, tmp_path):
     printed = train_on_hosts(train, two_hosts, [tmp_path, tmp_path])
     assert "1 per device x 2 accumulated x 2 processes" in printed[0] and "examples a step" not in printed[1]
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
 
 
+@pytest.mark.slow
 def test_two_hosts_without_a_shared_folder_are_refused(two_hosts, train, tmp_path):
     outputs = [tmp_path / "first", tmp_path / "second"]
     for stderr in train_on_hosts(train, two_hosts, outputs, code=2):

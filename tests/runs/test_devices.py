@@ -6,12 +6,23 @@ import sys
 
 import pytest
 
-from support.project import PROJECT, TINY_SHAPES
+from support.project import PROJECT
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "tolerance"),
-    [*((shape, "float32", 1e-5) for shape in TINY_SHAPES), ("bloom-tiny", "bfloat16", 2e-2)],
+    [
+        ("bloom-tiny-6-heads", "float32", 1e-5),
+        ("falcon-tiny-40b", "float32", 1e-5),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("bloom-tiny", "bfloat16", 2e-2),
+                ("falcon-tiny", "float32", 1e-5),
+                ("falcon-tiny-rw", "float32", 1e-5),
+            ]
+        ),
+    ],
 )
 def test_another_device_has_the_loss_and_gradients_of_the_cpu(shape: str, dtype: str, tolerance: float):
     command = [sys.executable, "tests/support/elsewhere.py", shape, dtype]

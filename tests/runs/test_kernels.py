@@ -35,7 +35,13 @@ def read_from_memory(kernel: str, pointer: str) -> int:
     return len(re.findall(rf"tl\.load\({pointer} ", kernel))
 
 
-@pytest.mark.parametrize("heads", ["64,fp32", "80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        "64,fp32",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("80,fp16", "128,fp16", "8:2,fp16", "71:1,fp16")),
+    ],
+)
 def test_attention_by_blocks_is_attention_forward_and_backward(heads: str):
     found = interpret("attention", heads)
     kernels = found.pop("kernels")

@@ -34,7 +34,7 @@ def test_a_script_is_plain_sh(script):
     assert "pipefail" not in text and "[[" not in text
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon"])
+@pytest.mark.parametrize("family", ["bloom", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_the_demo_goes_the_whole_way(family, cache_dir, tmp_path):
     """One row of each set instead of twenty, learnt in 70 steps."""
     small = {"ROWS_PER_SET": 1, "FAMILY": family, "OUTPUT": tmp_path / "demo", "HF_DATASETS_CACHE": cache_dir}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft.data.packing import pack
 from sft.machine import processor
 from support.plain_loop import FIXED, HEAD, logged, plain_losses, replies_of, tensors_of
-from support.project import PROJECT, TINY_SHAPES
+from support.project import PROJECT, SLOW_SHAPES
 
 
 def train(run: Callable, model: Path, data: Path, output: Path, *flags: object) -> subprocess.CompletedProcess:
@@ -28,7 +28,7 @@ def train(run: Callable, model: Path, data: Path, output: Path, *flags: object) 
     return result
 
 
-@pytest.mark.parametrize("shape", TINY_SHAPES)
+@pytest.mark.parametrize("shape", SLOW_SHAPES)
 def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, rows, tmp_path):
     flags = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 4]
     train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
@@ -37,7 +37,7 @@ def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, r
     assert expected[-1] < expected[0] - 0.1
 
 
-@pytest.mark.parametrize("shape", TINY_SHAPES)
+@pytest.mark.parametrize("shape", SLOW_SHAPES)
 def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape, run, make_model, data, rows, tmp_path):
     length = 512
     flags = ["--packing", "True", "--model_max_length", length, "--per_device_train_batch_size", 1]
@@ -87,7 +87,7 @@ def test_accumulating_eight_examples_equals_a_batch_of_eight(run, make_model, da
 
 
 @pytest.fixture(scope="module")
-def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
+def finished(run, make_model, data, tmp_path_factory) -> tuple[Path, str]:
     """A finished run with held-out rows, and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "model"
     dirty = tmp_path_factory.mktemp("dirty") / "rows.jsonl"
@@ -99,16 +99,7 @@ def finished(make_model, data, cache_dir, tmp_path_factory) -> tuple[Path, str]:
     dirty.write_text(data.read_text(encoding="utf-8") + text, encoding="utf-8")
     flags = ["--eval_data_path", held_out, "--per_device_eval_batch_size", "5", "--num_train_epochs", "2"]
     flags += ["--model_max_length", "600", "--report_to", "tensorboard", "--max_bad_fraction", "0.1"]
-    result = subprocess.run(
-        [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", dirty]
-        + ["--output_dir", output, "--learning_rate", "1e-2", *flags],
-        cwd=PROJECT,
-        env={**os.environ, "HF_DATASETS_CACHE": str(cache_dir)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return output, result.stdout
+    return output, train(run, make_model("bloom-tiny"), dirty, output, *flags).stdout
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -195,12 +186,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_killed_and_started_again_equals_never_interrupted(run, make_model, data, cache_dir, tmp_path):
+def test_killed_and_started_again_equals_never_interrupted(run, warm_python, make_model, data, cache_dir, tmp_path):
     flags = ["--per_device_train_batch_size", "2", "--num_train_epochs", "3", "--save_steps", "5"]
     train(run, make_model("bloom-tiny"), data, tmp_path / "whole", *flags)
 
     killed = tmp_path / "killed"
-    command = [sys.executable, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", data]
+    command = [warm_python, "train_sft.py", "--model_name_or_path", make_model("bloom-tiny"), "--data_path", data]
     command += ["--output_dir", killed, "--learning_rate", "1e-2", *flags]
     process = subprocess.Popen(
         command,

@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sft.tools.export import DTYPES, export
 from sft.training import checkpoints
-from support.project import PROJECT, SAMPLE
+from support.project import SAMPLE
 
 PLAIN_SHAPES = ["bloom-tiny", "falcon-tiny"]
 WEIGHTS = "model.safetensors"
@@ -270,17 +269,14 @@ def test_a_dtype_that_no_weights_have_is_refused(exported, make_checkpoint, tmp_
 
 
 @pytest.fixture(scope="module")
-def split_run(make_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def split_run(run: Callable, make_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of two ranks with ZeRO-3, its checkpoint split over them; not to be changed."""
     output = tmp_path_factory.mktemp("split") / "run"
     flags = ["--model_name_or_path", make_model("falcon-tiny"), "--data_path", SAMPLE / "own_with_input.json"]
     flags += ["--output_dir", output, "--max_steps", 2, "--save_steps", 2, "--per_device_train_batch_size", 2]
     flags += ["--use_cpu", True, "--deepspeed", "ds_zero3_config.json", "--learning_rate", "1e-2"]
-    command = [sys.executable, "-m", "sft.training.launch", "--cpu", "--ranks", 2, "train_sft.py", *flags]
-    settings = {"DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("split_cache"))}
-    result = subprocess.run(
-        list(map(str, command)), cwd=PROJECT, env={**os.environ, **settings}, capture_output=True, text=True
-    )
+    flags += ["--cache_dir", tmp_path_factory.mktemp("split_cache")]
+    result = run("-m", "sft.training.launch", "--cpu", "--ranks", 2, "train_sft.py", *flags, DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return output
 
