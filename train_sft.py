@@ -157,7 +157,7 @@ def stream(
         encoder=Encoder(tokenizer),
         notes=Path(training_args.output_dir, NOTES),
         max_bad_fraction=data_args.max_bad_fraction,
-        packing=data_args.packing,
+        is_packed=data_args.packing,
         shuffle=training_args.train_sampling_strategy == "random",
         seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         rank=training_args.process_index,
