@@ -315,7 +315,7 @@ def test_a_full_disk_is_told_in_one_line(num_workers, start, small_disk, folder,
     said = (
         rf"error: tokenised rows cannot be stored in {small_disk}/cache/tokenised: .*No space left on device.*; give a "
     )
-    assert re.match(said + "--cache_dir with room, or --streaming True", line), line
+    assert re.match(said + "--cache_dir with room, or use --streaming True", line), line
     disks.remount(small_disk, "size=64m")
     assert_whole(folder, tokenizer, small_disk / "cache", expected)
 

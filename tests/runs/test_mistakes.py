@@ -30,7 +30,7 @@ def without_weights(model: Path, folder: Path) -> Path:
 
 MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
     "missing data": (lambda t, m: {"--data_path": t / "nowhere"}, "does not exist"),
-    "empty data folder": (lambda t, m: {"--data_path": (t / "empty")}, "holds no .json"),
+    "empty data folder": (lambda t, m: {"--data_path": (t / "empty")}, "contains no .json"),
     "unknown flag": (lambda t, m: {"--learnin_rate": "1"}, "type --learning_rate"),
     "value of the wrong type": (lambda t, m: {"--learning_rate": "fast"}, "--learning_rate"),
     "flags that contradict": (lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"}, "do not fit"),
@@ -61,7 +61,7 @@ BAD_DATA = {
         GOOD_ROW + '{"instruction": "a"}\n',
         {},
         "has 1 of 2 rows refused, more than --max_bad_fraction 0.01",
-        ':2: no "output", as the first rows',
+        ':2: no "output", which the first rows',
     ),
     "no instruction field": (
         '[{"title": "a", "output": "b"}]',
