@@ -1,39 +1,37 @@
 """Load checkpoints and serve app.py's chat page, to this machine only or to anyone with a password."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gradio as gr
-from starlette.middleware import Middleware
-
-from sft.chat.model import ChatModel
-from sft.model.load import locate
 from sft.program import UserError
-from sft.web.answering import Answering, Limits
-from sft.web.guard import Guard, Listeners
-from sft.web.page import CSS, FONTS, HEAD, ChatPage
-from sft.web.visitors import WaitingLine
+
+if TYPE_CHECKING:
+    from sft.chat.model import ChatModel
+    from sft.web.guard import Listeners
+    from sft.web.page import ChatPage
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 MAX_SESSIONS = 200  # pages whose state Gradio keeps
 
 
 def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> None:
-    """Load the checkpoints of app.py's `arguments` and serve until interrupted; `names` are (user, password)."""
+    """Load the checkpoints of app.py's `arguments` and serve until interrupted; `names` are (user, password).
+
+    The model's libraries take three seconds to import and Gradio's another three: each is imported when it is needed,
+    so that a mistake is reported without them.
+    """
     host = EVERYWHERE if arguments.listen else LOCAL
     check_port(host, arguments.port)
     checkpoints = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
-    for each in checkpoints:  # a mistake in the second is reported before the first is loaded
-        locate(each)
-    chats = [ChatModel.load(each, arguments.device, quantization=arguments.quantize) for each in checkpoints]
-    listeners = Listeners()
-    line = WaitingLine(arguments.max_waiting, arguments.requests_per_minute)
-    limits = Limits(arguments.max_characters, max_new_tokens=arguments.max_new_tokens)
-    page = ChatPage(Answering(chats, line, limits, listeners.is_gone), [Path(each).name for each in checkpoints])
+    chats = load(checkpoints, arguments.device, arguments.quantize)
+    page, listeners = build_page(chats, checkpoints, arguments)
     for checkpoint, chat in zip(checkpoints, chats, strict=True):
         print(f"{checkpoint}: {chat}")
     print(f"http://{LOCAL}:{arguments.port} (Ctrl-C to stop)", flush=True)
@@ -44,6 +42,33 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
         # A reply in progress, or a waiting thread of Gradio's, would keep the process alive.
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(0)
+
+
+def load(checkpoints: Sequence[str], device: str, quantization: str) -> list[ChatModel]:
+    """Load checkpoints, after finding all of them; raise UserError if one cannot be found or loaded."""
+    from sft.model.load import locate
+
+    for each in checkpoints:
+        locate(each)
+    from sft.chat.model import ChatModel
+
+    return [ChatModel.load(each, device, quantization=quantization) for each in checkpoints]
+
+
+def build_page(
+    chats: Sequence[ChatModel], checkpoints: Sequence[str], arguments: argparse.Namespace
+) -> tuple[ChatPage, Listeners]:
+    """Return the page of loaded checkpoints within app.py's limits, and what tells who listens to it."""
+    from sft.web.answering import Answering, Limits
+    from sft.web.guard import Listeners
+    from sft.web.page import ChatPage
+    from sft.web.visitors import WaitingLine
+
+    listeners = Listeners()
+    line = WaitingLine(arguments.max_waiting, arguments.requests_per_minute)
+    limits = Limits(arguments.max_characters, max_new_tokens=arguments.max_new_tokens)
+    answering = Answering(chats, line, limits, listeners.is_gone)
+    return ChatPage(answering, [Path(each).name for each in checkpoints]), listeners
 
 
 def check_port(host: str, port: int) -> None:
@@ -65,6 +90,12 @@ def launch(
     share: bool = False,
 ) -> str:
     """Serve a page in background threads and return its address; raise UserError if the port cannot be used."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from sft.web.guard import Guard
+    from sft.web.page import CSS, FONTS, HEAD
+
     # The address in a request's own headers is not trusted unless the user sets this for a proxy of theirs.
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     guard = Middleware(Guard, listeners=listeners, any_host=bool(names))

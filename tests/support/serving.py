@@ -19,12 +19,12 @@ PARAMETERS = dict(max_new_tokens=8, temperature=0, top_p=1, top_k=0, repetition_
 
 
 class AnsweredWithError(Exception):
-    """The API told an error; its text is the message."""
+    """The API answered with an error; its text is the message."""
 
 
 @dataclass
 class Served:
-    """A page that is being served, and what stands behind it."""
+    """A page that is being served, and the objects behind it."""
 
     address: str
     port: int
@@ -38,7 +38,7 @@ class Served:
         return httpx.Client(**{"base_url": self.address, "timeout": 60, "trust_env": False, **options})
 
     def ask(self, message: Any = QUESTION, history: Any = None, **parameters: Any) -> str:
-        """Return the answer to a question; raise AnsweredWithError where there is none."""
+        """Return the answer to a question; raise AnsweredWithError if there is none."""
         with self.client() as client:
             return list(listen(client, join(client, message, history, **parameters)))[-1]
 
@@ -66,7 +66,7 @@ def served(
 
 
 def join(client: httpx.Client, message: Any = QUESTION, history: Any = None, **parameters: Any) -> str:
-    """Ask by /call/chat; return the event on which the answer comes."""
+    """Ask through /call/chat; return the event that brings the answer."""
     data = [message, history, *{**PARAMETERS, **parameters}.values()]
     response = client.post(f"{API}/call/chat", content=json.dumps({"data": data}), headers=JSON)
     response.raise_for_status()
@@ -74,7 +74,7 @@ def join(client: httpx.Client, message: Any = QUESTION, history: Any = None, **p
 
 
 def listen(client: httpx.Client, event: str) -> Iterator[str]:
-    """Yield an answer as it grows, "" while it waits; raise AnsweredWithError where it ends in one."""
+    """Yield an answer as it grows, "" while it waits; raise AnsweredWithError if it ends in one."""
     with client.stream("GET", f"{API}/call/chat/{event}") as response:
         name = ""
         for line in response.iter_lines():
@@ -88,7 +88,7 @@ def listen(client: httpx.Client, event: str) -> Iterator[str]:
 
 
 def post_event(client: httpx.Client, session: str, number: int, data: list, **fields: Any) -> httpx.Response:
-    """Send event `number` of the page's as its browser does, into Gradio's queue."""
+    """Send event `number` of the page into Gradio's queue, as a browser does."""
     body = {"data": data, "fn_index": number, "session_hash": session, **fields}
     return client.post(f"{API}/queue/join", content=json.dumps(body), headers=JSON)
 
@@ -105,7 +105,7 @@ def event_number(page: Any, name: str) -> int:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Tell whether a condition comes true within some seconds."""
+    """Tell whether a condition becomes true within some seconds."""
     deadline = time.monotonic() + seconds
     while not (true := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -124,7 +124,7 @@ def watched(chat: Any, before: Callable[[], None] = lambda: None) -> Iterator[li
 
 
 def answer_to(page: Served, sent: bytes) -> bytes:
-    """Send bytes as they are; return what comes back within seconds, the connection's end included."""
+    """Send raw bytes; return what comes back until the connection ends or five seconds pass."""
     with socket.create_connection(("127.0.0.1", page.port), timeout=5) as connection:
         received = b""
         try:
