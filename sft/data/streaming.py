@@ -49,7 +49,7 @@ class StreamedSequences(Sequences, IterableDataset):
         self.num_bytes, self.noted_bytes = sum(map(size_of, self.files)), size_of(self.notes)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        """Yield this rank's sequences from the first epoch on; raise UserError if too many rows are refused."""
+        """Yield this rank's sequences from the first epoch on; raise UserError if too many rows were refused."""
         self.num_rows = self.num_refused = self.unread_bytes = 0
         self.has_begun = False
         if not self.rank:

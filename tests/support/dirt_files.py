@@ -108,9 +108,7 @@ def parquet_kinds() -> list[Kind]:
             [],
             refused | {place: '"instruction" is 1; expected a string' for place in refused},
         ),
-        Kind(
-            "parquet of a column twice", parquet_bytes(twice), [], {"[0]": "a key appears twice among ['instruction'"}
-        ),
+        Kind("parquet, a column twice", parquet_bytes(twice), [], {"[0]": "a key appears twice among ['instruction'"}),
         Kind("parquet cut", whole[:-20], [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet of four bytes", b"PAR1", [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet broken in the middle", broken_half(), GOOD[:1] * 1000, {"[1000]": CANNOT_BE_READ}),
