@@ -143,12 +143,12 @@ def delete(store: Store) -> Store:
 
 def messages(conversation: Conversation, checkpoint: int) -> list[dict[str, str]]:
     """Return the messages for a checkpoint: the turns that it answered itself, and the last question."""
-    told = []
+    messages = []
     for turn in conversation["turns"][:-1]:
         if len(turn["answers"]) > checkpoint:
-            told.append({"role": "user", "content": turn["question"]})
-            told.append({"role": "assistant", "content": turn["answers"][checkpoint]})
-    return [*told, {"role": "user", "content": conversation["turns"][-1]["question"]}]
+            messages.append({"role": "user", "content": turn["question"]})
+            messages.append({"role": "assistant", "content": turn["answers"][checkpoint]})
+    return [*messages, {"role": "user", "content": conversation["turns"][-1]["question"]}]
 
 
 def export(conversation: Conversation) -> str:

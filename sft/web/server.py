@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sft.web.page import ChatPage
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
-MAX_SESSIONS = 200  # pages whose state Gradio keeps
+# Serve in background threads and without whatever the page does not use; keep the state of 200 pages at most.
+LAUNCH = {"prevent_thread_lock": True, "quiet": True, "state_session_capacity": 200, "max_file_size": 0}
+LAUNCH |= {"footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False}
 
 
 def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> None:
@@ -106,20 +108,12 @@ def launch(
             server_port=port,
             share=share,
             auth=names or None,
-            prevent_thread_lock=True,
-            quiet=True,
             max_threads=page.answering.line.max_waiting + 40,
             app_kwargs={"middleware": [guard]},
-            state_session_capacity=MAX_SESSIONS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
+            **LAUNCH,
             theme=theme,
             css=CSS,
             head=HEAD,
-            max_file_size=0,
         )
     except OSError as error:
         raise UserError(f"--port {port} cannot be used ({error}); choose another port") from None

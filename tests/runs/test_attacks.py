@@ -324,13 +324,10 @@ def test_an_answer_that_is_too_long_is_refused(page):
 
 
 STORES: list[Any] = [None, 5, "x", [], {}, {"conversations": 5}, {"conversations": [{}]}, {"conversations": {"a": "b"}}]
-STORES += [
-    {"open": [], "language": {}, "conversations": []},
-    {"open": "1", "language": "xx", "conversations": [[[[]]]]},
-]
-STORES += [
-    {"open": 1, "conversations": [{"id": 1, "title": {"a": [1]}, "turns": [{"question": "q", "answers": "abc"}]}]}
-]
+STORES += [{"open": [], "language": {}, "conversations": []}]
+STORES += [{"open": "1", "language": "xx", "conversations": [[[[]]]]}]
+TURN = {"question": "q", "answers": "abc"}
+STORES += [{"open": 1, "conversations": [{"id": 1, "title": {"a": [1]}, "turns": [TURN]}]}]
 STORES += [{"open": "a", "conversations": [{"id": "a", "title": "t", "turns": []}] * 3}]
 STORES += [
     {
