@@ -39,8 +39,7 @@ def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
     assert results["ours-packed"]["tokens"] == results["plain-packed"]["tokens"]
     assert results["ours-packed"]["leak"] < 1e-5 < 1e-2 < results["plain-packed"]["leak"]
     assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for result in results.values())
-    table = (tmp_path / f"{name}.md").read_text()
-    assert table.count("\n| ") == 2 + len(ways) and table in printed
+    assert printed.count("\n| ") == 2 + len(ways)
 
 
 @pytest.mark.slow
@@ -72,7 +71,7 @@ def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_mo
     assert all(0 < results[way]["kl"] < 2e-3 for way in ("bf16", "int8"))
     assert results["fp32"]["agreement"] == 1 >= results["int8"]["agreement"] > 0.9
     assert results["bf16"]["bytes"] < results["int8"]["bytes"] < results["fp32"]["bytes"]
-    assert (tmp_path / f"{name}.md").read_text().split("\n\n")[-1] in printed
+    assert printed.count("\n| ") == 2 + len(results)
 
 
 @pytest.mark.slow
