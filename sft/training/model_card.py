@@ -51,8 +51,8 @@ The prompt is in the tokenizer's chat template.
 ## Licences
 
 {licence}
-The data's own licence applies to them, and may apply to what is trained on them. BelleGroup's sets are for research
-only.
+The data's own licence applies to them, and may apply to what is trained on them. BelleGroup's sets are for
+research only.
 """
 
 

@@ -49,7 +49,7 @@ def test_broken_config_is_refused(tmp_path: Path, content: str):
 def test_file_is_no_model(tmp_path: Path):
     file = tmp_path / "model.safetensors"
     file.write_text("x")
-    assert "is no folder" in error_of(locate, file)
+    assert "is not a folder" in error_of(locate, file)
 
 
 @pytest.mark.parametrize("name", ["bigscience/no-such-model", "no/such/folder", "a b"])

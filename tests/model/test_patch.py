@@ -185,7 +185,7 @@ def assert_told_as_a_leak(model: PreTrainedModel):
             patch.check(model, dtype, shares_batches=True)
         text = str(refusal.value)
         assert text.startswith(f"{model.config.model_type} cannot be packed")
-        assert f"off by {packed:.2g} of the largest, at most {limit} is rounding" in text
+        assert f"off by {packed:.2g} of the largest, and rounding explains at most {limit}" in text
         assert "--packing False" in text
         assert patch.check(model, dtype, shares_batches=False) == alone
 
@@ -243,7 +243,7 @@ def test_attention_dropout_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
 def test_a_head_with_a_bias_is_refused():
     model = build("bloom-tiny")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    with pytest.raises(UserError, match="bloom has a head with a bias"):
+    with pytest.raises(UserError, match="bloom has a bias in its head"):
         patch.install(model)
     assert replaced_forwards(model) == []
 

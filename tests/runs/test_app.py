@@ -78,7 +78,7 @@ def test_file_of_passwords_that_is_missing(app: Callable):
         (["--port", "x"], "argument --port: invalid int value: 'x'"),
         (["--quantize", "int3"], "argument --quantize: invalid choice: 'int3'"),
         (["--device", "cuda:77"], "--device cuda:77: "),
-        (["--compare", "nowhere"], "nowhere is no folder here"),
+        (["--compare", "nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_flags_that_are_refused(app: Callable, flags: list[str], problem: str):

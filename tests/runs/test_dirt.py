@@ -290,7 +290,7 @@ def tell(report: DataReport, output: Path) -> None:
 
     data_args = train_sft.DataArguments(data_path="rows")
     output.mkdir(exist_ok=True)
-    train_sft.tell_of_data(data_args, SimpleNamespace(output_dir=str(output), process_index=0), {"data": report})
+    train_sft.report_data(data_args, SimpleNamespace(output_dir=str(output), process_index=0), {"data": report})
 
 
 @pytest.mark.parametrize("num_refused", [0, 1, 2])

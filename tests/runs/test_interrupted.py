@@ -161,7 +161,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_weights_are_loaded(start
     stdout, stderr = run.communicate(timeout=120)
     # What became of the data is said by now, but nothing of the model.
     assert run.returncode == 2 and [line.split()[0] for line in stdout.splitlines()] == ["data", "shape"]
-    assert re.search(r"^error: --output_dir \S+ has 6.0 MiB free, and 7\.\d MiB are needed: 4 checkpoints", stderr)
+    assert re.search(r"^error: --output_dir \S+ has 6.0 MiB free and needs 7\.\d MiB: 4 checkpoints", stderr)
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_is_told_of_and_left_clean(s
     run = start(small_disk / "run", "--max_steps", "4", "--save_steps", "4")
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == 2
-    expected = r"^error: checkpoint-4 cannot be written to \S+: .*; no complete checkpoint is there; free the disk"
+    expected = r"^error: checkpoint-4 cannot be written to \S+: .*; there is no complete checkpoint; free the disk"
     assert re.search(expected, stderr, re.MULTILINE), stderr
     assert not list(small_disk.rglob("*.safetensors"))
 

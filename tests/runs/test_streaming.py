@@ -88,8 +88,8 @@ def refused(arguments: Callable, tmp_path: Path, monkeypatch, capfd) -> Callable
     [
         ([], "needs --max_steps"),
         (["--num_train_epochs", 3], "needs --max_steps"),
-        (["--max_steps", 3, "--eval_fraction", 0.1], "no --eval_fraction"),
-        (["--max_steps", 3, "--dedup", "True"], "no --dedup"),
+        (["--max_steps", 3, "--eval_fraction", 0.1], "leave out --eval_fraction"),
+        (["--max_steps", 3, "--dedup", "True"], "leave out --dedup"),
         (["--max_steps", 3, "--dataloader_num_workers", 2], "leave out --dataloader_num_workers"),
         (["--max_steps", 3, "--check_data", "True"], "--check_data"),
     ],

@@ -216,7 +216,7 @@ def error_line(result: tuple[int, str, str]) -> str:
 def test_a_mistake_is_one_line_of_the_program(run, tmp_path):
     result = run("-m", "sft.tools.export", tmp_path / "run", tmp_path / "exported")
     line = error_line((result.returncode, result.stdout, result.stderr))
-    assert line.startswith(f"error: {tmp_path / 'run'} is no folder; give a checkpoint")
+    assert line.startswith(f"error: {tmp_path / 'run'} is not a folder; give a checkpoint")
 
 
 def test_an_output_folder_without_a_complete_checkpoint_is_refused(exported, make_checkpoint, tmp_path):
@@ -233,7 +233,11 @@ def test_an_output_folder_without_a_complete_checkpoint_is_refused(exported, mak
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("complete.json", "its save did not end"), ("tokenizer.json", "tokenizer.json is missing"), (WEIGHTS, "missing")],
+    [
+        ("complete.json", "saving it did not finish"),
+        ("tokenizer.json", "tokenizer.json is missing"),
+        (WEIGHTS, "missing"),
+    ],
 )
 def test_a_faulty_checkpoint_is_refused(exported, make_checkpoint, tmp_path, fault, said):
     folder = make_checkpoint()
@@ -256,7 +260,7 @@ def test_nothing_that_is_there_is_written_over(exported, make_checkpoint, tmp_pa
     kept = target / "kept" if is_folder else target
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    said = "is there already; give a new folder" if is_folder else "is a file; expected a folder"
+    said = "already exists; give a new folder" if is_folder else "is a file; expected a folder"
     assert f"{target} {said}" in error_line(exported(folder, target))
     assert kept.read_text() == "mine"
 
@@ -346,5 +350,5 @@ def test_files_that_deepspeed_cannot_put_together_are_refused_in_one_line(export
     code, _, stderr = exported(mark(split), tmp_path / "exported")
     lines = lines_of(stderr)
     assert code == 2 and len(lines) == 1, stderr
-    assert lines[0].startswith(f"error: DeepSpeed's files in {split} cannot be put together: ")
+    assert lines[0].startswith(f"error: DeepSpeed's files in {split} cannot be merged: ")
     assert not [path for path in tmp_path.iterdir() if "exported" in path.name]

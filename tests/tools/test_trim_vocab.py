@@ -113,7 +113,7 @@ def test_what_is_saved_is_said_and_true(trim, make_model, few_rows, tmp_path):
     expected = [
         f"tokens: {len(small_tokenizer):,} of 1,024; the data has {len(occurring):,} of them",
         f"parameters: {after:,} of {before:,}, {1 - after / before:.1%} fewer",
-        "the data is cut into as many tokens",
+        "the data is split into as many tokens",
     ]
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert all(line in printed.splitlines() and f"- {line}\n" in card for line in expected)
@@ -133,7 +133,7 @@ def test_the_most_frequent_tokens_are_kept(trim, make_model, few_rows, tmp_path)
     frequent = sorted(counts, key=counts.get)[-15:]  # of equal counts any may be left out
     assert set(frequent) <= set(small_tokenizer.get_vocab())
     assert len(small_tokenizer) < 450 and small_tokens > tokens
-    assert f"the data is cut into {small_tokens / tokens - 1:.2%} more tokens than before" in printed
+    assert f"the data is split into {small_tokens / tokens - 1:.2%} more tokens than before" in printed
 
 
 def test_what_comes_out_trains_and_answers(make_model, few_rows, run, tmp_path):
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_cannot_write_bytes_is_refused(tmp_path):
     pieces = {name: number for number, name in enumerate([*BLOOM_SPECIAL_TOKENS, "a"])}
     backend = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="is a WordLevel without all bytes .*; expected a byte-level BPE"):
+    with pytest.raises(UserError, match="is a WordLevel that lacks bytes .*; expected a byte-level BPE"):
         state_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
@@ -232,11 +232,11 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(trim, make_model, fe
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "pad_token_id": 1024, "vocab_size": 1024}))
     for folder, flags, data, message in (
-        (model, ["--keep_top", 0], few_rows[0], "error: --keep_top 0 keeps nothing; give 1 or more"),
-        (model, [], SAMPLE, f"leaves out no token of {model}; give a --keep_top far below 1,024"),
+        (model, ["--keep_top", 0], few_rows[0], "error: --keep_top 0 must be 1 or more"),
+        (model, [], SAMPLE, f"drops no token of {model}; give a --keep_top far below 1,024"),
         (model, [], empty, "has no rows to train on"),
         (tmp_path / "none", [], few_rows[0], "is no folder here"),
-        (broken, [], few_rows[0], "the model's pad_token_id 1024 is no token of its tokenizer; mend config.json"),
+        (broken, [], few_rows[0], "the model's pad_token_id 1024 is not a token of its tokenizer; correct config.json"),
     ):
         stderr = trim(folder, *flags, data=data, code=2).stderr.strip().splitlines()
         assert message in stderr[-1]

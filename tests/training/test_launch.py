@@ -50,7 +50,7 @@ def test_without_a_gpu_the_cpu_is_named(gpus, arguments):
 @pytest.mark.parametrize("ranks", ["5", "9", "-1"])
 def test_ranks_that_no_gpu_is_there_for_are_refused(gpus, ranks):
     gpus(4)
-    assert refused("--ranks", ranks).startswith(f"NUM_GPUS {ranks} is not 1 to 4,")
+    assert refused("--ranks", ranks).startswith(f"NUM_GPUS {ranks} must be from 1 to 4,")
 
 
 def test_every_gpu_has_a_rank_unless_fewer_are_asked_for(gpus):
@@ -67,13 +67,13 @@ def test_a_cpu_has_two_ranks_unless_told_otherwise(gpus):
 
 
 def test_several_hosts_need_an_address_to_meet_at():
-    assert refused("--cpu", "--nnodes", "2").startswith("NNODES is given without MASTER_ADDR")
+    assert refused("--cpu", "--nnodes", "2").startswith("NNODES needs MASTER_ADDR")
 
 
 @pytest.mark.parametrize(("hosts", "host"), [("2", "2"), ("2", "-1"), ("1", "1")])
 def test_a_host_that_is_none_of_them_is_refused(hosts, host):
     said = refused("--cpu", "--nnodes", hosts, "--node_rank", host, "--master_addr", "10.0.0.1")
-    assert said.startswith(f"NODE_RANK {host} is none of 0 to {int(hosts) - 1}")
+    assert said.startswith(f"NODE_RANK {host} must be from 0 to {int(hosts) - 1}")
 
 
 def test_flags_behind_the_script_are_the_scripts():
@@ -237,8 +237,8 @@ def test_ranks_know_their_places_and_have_the_arguments(start):
 @pytest.mark.parametrize(
     ("flags", "environment", "said"),
     [
-        (("--ranks", "-1"), {}, "NUM_GPUS -1 is no number of processes; give 1 or more"),
-        ((), {"GRACE_SECONDS": "abc"}, "GRACE_SECONDS is abc; give a number of seconds"),
+        (("--ranks", "-1"), {}, "NUM_GPUS -1 must be 1 or more"),
+        ((), {"GRACE_SECONDS": "abc"}, "GRACE_SECONDS is abc; expected a number of seconds"),
     ],
 )
 def test_a_number_that_is_none_is_one_line(start, flags, environment, said):
@@ -274,7 +274,7 @@ def test_a_rank_that_says_why_it_ends_gives_its_exit_code_and_no_more_lines(star
     [("sys.exit(1)", 1, "exit code 1"), ("os.kill(os.getpid(), signal.SIGKILL)", 137, "SIGKILL")],
 )
 def test_a_rank_that_ends_without_a_word_is_told_of_in_one_line(start, end, code, how):
-    line = f"stopped: rank 1 ended with {how}, and the others with it; its own output stands above\n"
+    line = f"stopped: rank 1 ended with {how}, and the others with it; see its output above\n"
     assert finish(start(SAY_AND_END.format(end=end))) == (code, "", f"its own line\n{line}")
 
 
@@ -367,7 +367,7 @@ def test_ranks_that_hear_nothing_are_killed_after_a_while_with_all_they_started(
     assert alive == []
     assert seconds >= 2
     assert (code, stdout) == (137, "")
-    lines = [f"stopped: rank {rank} ended with SIGKILL, and the others with it; its own output" for rank in "01"]
+    lines = [f"stopped: rank {rank} ended with SIGKILL, and the others with it; see its output" for rank in "01"]
     assert stderr.count("\n") == 1 and stderr.startswith(tuple(lines)), stderr
 
 
