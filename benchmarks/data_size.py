@@ -96,6 +96,11 @@ def measure_size(rows: int, options: argparse.Namespace) -> list[str]:
         ]
 
 
+def table_of(result: dict) -> str:
+    """Return the Markdown table of a saved result."""
+    return measure.markdown(HEADER, result["lines"])
+
+
 HEADER = ["rows", "file", "tokenised in", "rows/s", "packed in", "largest process", "all", "cache", "second start"]
 
 
@@ -107,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes that tokenise")
     parser.add_argument("--vocab_size", type=int, default=32_768, help="entries of the tokenizer, trained on --data")
     parser.add_argument("--scratch", type=Path, help="where the rows and the cache lie meanwhile")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # the process that loads: its folder
     return parser.parse_args()
 
@@ -127,7 +132,7 @@ def main() -> None:
         "versions": measure.versions(),
         "lines": lines,
     }
-    measure.save(options.output, "data-size", result, measure.markdown(HEADER, lines))
+    measure.save(options.output, "data-size", result, table_of(result))
 
 
 if __name__ == "__main__":

@@ -113,8 +113,9 @@ def merge(rounds: list[dict]) -> dict:
     return {**medians, "rates_by_round": [result["tokens_per_second"] for result in rounds]}
 
 
-def table_of(results: dict[str, dict]) -> str:
-    """Return the Markdown table of all ways, in relation to fp32."""
+def table_of(saved: dict) -> str:
+    """Return the Markdown table of a saved result: all ways, relative to fp32."""
+    results = saved["results"]
     header = ["way", "tokens/s", "ratio", "first token", "weights", "loaded in"]
     with_quality = "kl" in results["fp32"]
     rows = []
@@ -138,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="a trained model, to compare the ways' answers on")
     parser.add_argument("--data", help="its rows, as train_sft.py takes them")
     parser.add_argument("--rows", type=int, default=100, help="the first so many of them")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
     return parser.parse_args()
 
@@ -168,7 +169,8 @@ def main() -> None:
         written += ["--checkpoint", names[0], "--data", names[1], "--rows", str(options.rows)]
     command = f"python -m benchmarks.generation {' '.join(written)}"
     place = {"command": command, "processor": measure.processor(uses_gpu=False), "versions": measure.versions()}
-    measure.save(options.output, f"generation-{options.shape}-cpu", {**place, "results": results}, table_of(results))
+    result = {**place, "results": results}
+    measure.save(options.output, f"generation-{options.shape}-cpu", result, table_of(result))
 
 
 if __name__ == "__main__":

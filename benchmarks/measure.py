@@ -1,4 +1,4 @@
-"""What the benchmarks share: one process for each measurement, its peak memory, and tables of the results."""
+"""What the benchmarks share: one process for each measurement, its peak memory, and results as JSON."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -151,9 +152,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def save(folder: Path, name: str, result: dict, table: str) -> None:
-    """Write a result as JSON, and its table with how it was made as Markdown, into a folder."""
+    """Write a result as JSON into a folder, with today's date, and print its table with how it was made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = f"{result['command']}\n\n{result['processor']}; {result['versions']}.\n\n{table}\n"
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nsaved as {folder / name}.json and .md")
+    dated = {"date": date.today().isoformat(), **result}
+    (folder / f"{name}.json").write_text(json.dumps(dated, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{result['command']}\n\n{result['processor']}; {result['versions']}.\n\n{table}\n")
+    print(f"saved as {folder / name}.json")

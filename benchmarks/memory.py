@@ -8,7 +8,6 @@ the peak above the loaded model, so gradients are in it and weights are not.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -49,8 +48,8 @@ def measure_point(way: str, shape: str, length: int) -> dict:
     return {"bytes": measure.memory() - before, "limit": limit}
 
 
-def table_of(points: dict[str, dict[int, dict]]) -> str:
-    """Return the Markdown table of all lengths, in GiB."""
+def table_of(result: dict) -> str:
+    """Return the Markdown table of a saved result's lengths, in GiB."""
 
     def cell(point: dict) -> str:
         if point["bytes"] is None:
@@ -58,41 +57,19 @@ def table_of(points: dict[str, dict[int, dict]]) -> str:
         return f"{point['bytes'] / measure.GIB:.2f} GiB"
 
     rows = []
-    for length in LENGTHS:
-        stock, ours = points["stock"][length], points["ours"][length]
+    for length, stock in result["points"]["stock"].items():
+        ours = result["points"]["ours"][length]
         known = stock["bytes"] and ours["bytes"]
         ratio = f"{ours['bytes'] / stock['bytes']:.2f}" if known else ""
-        rows.append([f"{length:,} tokens", cell(stock), cell(ours), ratio])
-    return measure.markdown(["row", *WAYS.values(), "ratio"], rows)
-
-
-def plot(points: dict[str, dict[int, dict]], title: str, path: Path) -> None:
-    """Draw memory over length, both axes logarithmic, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for way, label in WAYS.items():
-        known = {length: point["bytes"] / measure.GIB for length, point in points[way].items() if point["bytes"]}
-        axes.plot(known.keys(), known.values(), "o-", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the row", ylabel="GiB above the loaded model", title=title)
-    axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
-    lowest, highest = (math.log2(edge) for edge in axes.get_ylim())
-    sizes = [2.0**power for power in range(math.ceil(lowest), math.floor(highest) + 1)]
-    axes.set_yticks(sizes, [f"{size:g}" for size in sizes])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+        rows.append([f"{int(length):,} tokens", cell(stock), cell(ours), ratio])
+    return measure.markdown(["sequence", *WAYS.values(), "ratio"], rows)
 
 
 def main() -> None:
-    """Measure every way at every length, and print, draw and save the results."""
+    """Measure every way at every length, and print and save the results."""
     parser = ArgumentParser(description="Compare the peak memory of a forward and a backward.")
     parser.add_argument("--shape", default="bloom-154m", choices=SHAPES)
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table, JSON and plot")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", nargs=2, metavar=("WAY", "LENGTH"), help=argparse.SUPPRESS)  # one point's process
     options = parser.parse_args()
     if options.only:
@@ -107,8 +84,8 @@ def main() -> None:
     name = f"memory-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
     place = {"processor": measure.processor(uses_gpu=torch.cuda.is_available()), "versions": measure.versions()}
     command = f"python -m benchmarks.memory --shape {options.shape}"
-    measure.save(options.output, name, {"command": command, **place, "points": points}, table_of(points))
-    plot(points, options.shape, options.output / f"{name}.png")
+    result = {"command": command, **place, "points": points}
+    measure.save(options.output, name, result, table_of(result))
 
 
 if __name__ == "__main__":

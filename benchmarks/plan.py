@@ -1,6 +1,6 @@
 """What `--plan` says of the common models on common cards, and how near it is to what runs take here.
 
-    python -m benchmarks.plan                               the table of README.md, reckoned in a minute
+    python -m benchmarks.plan                               what fits, computed in a minute
     python -m benchmarks.plan --measure                     real runs on this CPU beside their plan
 
 A measured run is train_sft.py itself, three steps on packed rows, each one long answer, so that nearly every token is
@@ -41,7 +41,7 @@ SECONDS_BETWEEN = 0.05
 SAMPLE = "data_proj/sample"
 
 
-# ------------------------------------------------------------------------------------------------------- README's table
+# ------------------------------------------------------------------------------------------------------- what fits
 
 
 def load_of(config: PretrainedConfig, compute_dtype: torch.dtype, is_gpu: bool) -> Load:
@@ -73,6 +73,11 @@ def cells_of(config: PretrainedConfig, here: Machine) -> list[str]:
     return cells
 
 
+def table_of(result: dict) -> str:
+    """Return the Markdown table of a saved plan."""
+    return measure.markdown(["model", "GPUs", "host", "all weights", "LoRA", "QLoRA"], result["rows"])
+
+
 def print_table(output: Path) -> None:
     """Print and save what fits, for every model and card."""
     rows = []
@@ -81,9 +86,9 @@ def print_table(output: Path) -> None:
             here = Machine(number, size * GIB, ram * GIB, is_gpu=True, name=card)
             rows.append([model, card, f"{ram:,} GB", *cells_of(config, here)])
             print(*rows[-1], sep="  ", flush=True)
-    table = measure.markdown(["model", "cards", "host", "all weights", "LoRA", "QLoRA"], rows)
     place = {"processor": "computed, not measured", "versions": measure.versions()}
-    measure.save(output, "plan", {"command": "python -m benchmarks.plan", **place, "rows": rows}, table)
+    result = {"command": "python -m benchmarks.plan", **place, "rows": rows}
+    measure.save(output, "plan", result, table_of(result))
 
 
 # ------------------------------------------------------------------------------------------------------- real runs here
@@ -170,9 +175,19 @@ def write_rows(path: Path, num_tokens: int) -> str:
     return str(path)
 
 
+def measured_table_of(result: dict) -> str:
+    """Return the Markdown table of saved runs beside their plan."""
+    rows = []
+    for point in result["points"]:
+        planned, measured = point["planned"], point["measured"]
+        sizes = [f"{size / GIB:.2f} GiB" for size in (planned, measured)]
+        rows.append([f"{point['shape']}, {point['way']}", *sizes, f"{planned / measured:.2f}"])
+    return measure.markdown(["run", "planned", "measured", "ratio"], rows)
+
+
 def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: Path) -> None:
     """Print and save the peak of real runs on this CPU beside the plan's."""
-    rows, points = [], []
+    points = []
     for shape in shapes:
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(Path(scratch, "base"))
@@ -185,18 +200,11 @@ def print_measured(shapes: list[str], ways: list[str], num_tokens: int, output: 
                 planned = footprint(point.strategy, load, num_tokens, point.ranks).device
                 found = measure_point(folder, data, num_tokens, point, Path(scratch))
                 points.append({"shape": shape, "way": way, "planned": planned, "measured": found})
-                rows.append(
-                    [
-                        f"{shape}, {way}",
-                        *(f"{size / GIB:.2f} GiB" for size in (planned, found)),
-                        f"{planned / found:.2f}",
-                    ]
-                )
-                print(*rows[-1], sep="  ", flush=True)
-    table = measure.markdown(["run", "planned", "measured", "ratio"], rows)
+                print(f"{shape}, {way}  {planned / GIB:.2f} GiB  {found / GIB:.2f} GiB", flush=True)
     command = f"python -m benchmarks.plan --measure --num_tokens {num_tokens}"
     place = {"processor": measure.processor(uses_gpu=False), "versions": measure.versions()}
-    measure.save(output, "plan-measured-cpu", {"command": command, **place, "points": points}, table)
+    result = {"command": command, **place, "points": points}
+    measure.save(output, "plan-measured-cpu", result, measured_table_of(result))
 
 
 def main() -> None:
@@ -206,7 +214,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=MEASURED_SHAPES, help="what to measure")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how to train it")
     parser.add_argument("--num_tokens", type=int, default=1024, help="of a packed row")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     given = parser.parse_args()
     if given.measure:
         print_measured(given.shapes, given.ways, given.num_tokens, given.output)

@@ -55,12 +55,12 @@ class Way:
 
 
 WAYS = {
-    "plain": Way("plain recipe: one example a forward, 8 accumulated", (1, 8)),
+    "plain": Way("plain recipe: one example per forward, 8 accumulated", (1, 8)),
     "plain-huge-pages": Way("the same with huge pages", (1, 8), environment=tuple(HUGE_PAGES.items())),
     "padded": Way("plain, padded to batches of 8", (8, 1)),
     "trl-padded": Way("TRL SFTTrainer, padded to batches of 8", (8, 1), trl=True),
-    "ours": Way("`--packing False`: 8 examples a row", (8, 1), ours=True, environment=tuple(HUGE_PAGES.items())),
-    "plain-packed": Way("plain forward over a packed row", (1, 1), packed=True),
+    "ours": Way("`--packing False`: 8 examples per batch", (8, 1), ours=True, environment=tuple(HUGE_PAGES.items())),
+    "plain-packed": Way("plain forward over a packed sequence", (1, 1), packed=True),
     "trl-packed": Way("TRL SFTTrainer, packed", (1, 1), packed=True, trl=True),
     "ours-packed": Way("`--packing True`", (1, 1), packed=True, ours=True, environment=tuple(HUGE_PAGES.items())),
 }
@@ -233,10 +233,10 @@ def model_flops(shape: str, result: dict) -> float:
     return 6 * (num_parameters - head) * result["tokens"] + 6 * head * result["labels"] + 6 * layers * result["squares"]
 
 
-def table_of(results: dict[str, dict], shape: str) -> str:
-    """Return the Markdown table of all ways, in relation to the first."""
+def table_of(saved: dict) -> str:
+    """Return the Markdown table of a saved result: all ways, relative to the plain recipe."""
+    results, peak = saved["results"], saved.get("peak_flops")
     header = ["way", "tokens/s", "labels/s", "ratio", "peak memory", "last loss", "leak: logits off by"]
-    peak = measure.peak_flops()
     first = results["plain"]["tokens"] / results["plain"]["seconds"] if "plain" in results else None
     rows = []
     for name, result in results.items():
@@ -250,7 +250,7 @@ def table_of(results: dict[str, dict], shape: str) -> str:
                 f"{result['peak_bytes'] / measure.GIB:.2f} GiB",
                 f"{result['losses'][-1]:.4f}",
                 "" if result["leak"] is None else f"{result['leak']:.1g}",
-                *([f"{model_flops(shape, result) / result['seconds'] / peak:.1%}"] if peak else []),
+                *([f"{model_flops(saved['shape'], result) / result['seconds'] / peak:.1%}"] if peak else []),
             ]
         )
     return measure.markdown([*header, *(["model FLOPs used"] if peak else [])], rows)
@@ -282,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
     parser.add_argument("--vocab_size", type=int, help="tokens to train the tokenizer to; by default the shape's")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
     return parser.parse_args()
 
@@ -312,11 +312,14 @@ def main() -> None:
     command = f"python -m benchmarks.throughput {' '.join(written)}".replace(options.data, Path(options.data).name)
     place = {
         "command": command,
+        "shape": options.shape,
+        "peak_flops": measure.peak_flops(),
         "processor": measure.processor(uses_gpu=torch.cuda.is_available()),
         "versions": measure.versions(),
     }
     name = f"throughput-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
-    measure.save(options.output, name, {**place, "results": results}, table_of(results, options.shape))
+    result = {**place, "results": results}
+    measure.save(options.output, name, result, table_of(result))
 
 
 if __name__ == "__main__":

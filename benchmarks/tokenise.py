@@ -109,7 +109,14 @@ def measure_way(name: str, folder: Path, options: argparse.Namespace) -> dict[st
         return {"seconds": time.perf_counter() - start}
 
 
-WAYS = {"original": "one text a call, each prompt twice", "ours": "this project"}
+WAYS = {"original": "one text per call, each prompt twice", "ours": "this project"}
+
+
+def table_of(result: dict) -> str:
+    """Return the Markdown table of a saved result: both ways, relative to the original's."""
+    rates = {name: result["rows"] / statistics.mean(each) for name, each in result["seconds"].items()}
+    lines = [[title, f"{rates[name]:,.0f}", f"{rates[name] / rates['original']:.2f}"] for name, title in WAYS.items()]
+    return measure.markdown(["way", "rows/s", "ratio"], lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -122,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--family", choices=("bloom", "falcon"), default="bloom", help="whose tokenizer")
     parser.add_argument("--vocab_size", type=int, default=32_768, help="entries of the tokenizer, trained on --data")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a row at most")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # the process of one way: its name and folder
     return parser.parse_args()
 
@@ -145,19 +152,15 @@ def main() -> None:
                 result = measure.run_apart("benchmarks.tokenise", *given, "--only", name, folder)
                 seconds[name].append(result["seconds"])
                 print(f"round {turn + 1}  {name:10}{options.rows / result['seconds']:10,.0f} rows/s", flush=True)
-    rates = {name: options.rows / statistics.mean(each) for name, each in seconds.items()}
-    table = measure.markdown(
-        ["way", "rows/s", "ratio"],
-        [[title, f"{rates[name]:,.0f}", f"{rates[name] / rates['original']:.2f}"] for name, title in WAYS.items()],
-    )
     command = f"python -m benchmarks.tokenise {' '.join(given)}".replace(options.data, Path(options.data).name)
     result = {
         "command": command,
         "processor": measure.processor(uses_gpu=False),
         "versions": measure.versions(),
+        "rows": options.rows,
         "seconds": seconds,
     }
-    measure.save(options.output, f"tokenise-{options.family}-{options.processes}", result, table)
+    measure.save(options.output, f"tokenise-{options.family}-{options.processes}", result, table_of(result))
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def measure_model(name: str, options: argparse.Namespace) -> dict:
     return {"parameters": model.num_parameters(), **metered(trainer, options)}
 
 
-def table_of(results: dict[str, dict], vocabulary: dict[str, int]) -> str:
-    """Return the Markdown table of both models, in relation to the whole one."""
-    whole, rows = results["whole"], []
-    for name, result in results.items():
+def table_of(saved: dict) -> str:
+    """Return the Markdown table of a saved result: both models, relative to the whole one."""
+    whole, rows = saved["results"]["whole"], []
+    for name, result in saved["results"].items():
         rate = result["tokens"] / result["seconds"]
         rows.append(
             [
-                f"{name}: {vocabulary[name]:,} tokens",
+                f"{name}: {saved['vocabulary'][name]:,} tokens",
                 f"{result['parameters']:,}",
                 f"{result['parameters'] / whole['parameters']:.1%}",
                 f"{rate:,.1f}",
@@ -68,7 +68,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="how often both are measured, in turn")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of a packed row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for both")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for table and JSON")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)  # the process of one model
     parser.set_defaults(rows=1, compile_blocks=False, torch_compile=False)
     options = parser.parse_args(given)
@@ -103,9 +103,10 @@ def main() -> None:
         "processor": measure.processor(uses_gpu=torch.cuda.is_available()),
         "versions": measure.versions(),
     }
-    table = table_of(results, {"whole": SHAPES[options.shape].vocab_size, "trimmed": options.vocab_size})
+    vocabulary = {"whole": SHAPES[options.shape].vocab_size, "trimmed": options.vocab_size}
+    result = {**place, "vocabulary": vocabulary, "results": results}
     name = f"trim-vocab-{options.shape}-{'gpu' if torch.cuda.is_available() else 'cpu'}"
-    measure.save(options.output, name, {**place, "results": results}, table)
+    measure.save(options.output, name, result, table_of(result))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
 import pytest
 
@@ -78,8 +78,8 @@ def test_every_flag_module_and_variable_is_known(name, train_flags):
     source = "".join(path.read_text(encoding="utf-8") for path in programs)
     known |= set(re.findall(r'add(?:_argument|option)\(\s*"(--\w+)"', source)) | {"--enable_jit_checkpoint"}
     assert set(re.findall(r"(?<![\w-])--\w+", text_of(name))) - known == set()
-    modules = [word for command in commands_of(name) for flag, word in pairwise(command) if flag == "-m"]
-    places = [PROJECT / module.replace(".", "/") for module in modules if module.startswith(("sft.", "benchmarks."))]
+    modules = re.findall(r"-m ((?:sft|benchmarks)\.\S+)", text_of(name))
+    places = [PROJECT / module.strip("`.,").replace(".", "/") for module in modules]
     assert [place for place in places if not place.with_suffix(".py").exists() and not place.is_dir()] == []
     scripts = [*PROJECT.glob("*.sh"), *PROJECT.glob("data_proj/*.ipynb"), PROJECT / "app.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in scripts) + "HF_ENDPOINT"
