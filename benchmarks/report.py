@@ -72,8 +72,8 @@ SECTIONS = (
         "Tokenising",
         "The first table tokenises rows of 126 tokens with a tokenizer of 32,768 entries. Memory is that of the "
         "largest process, and of all processes together, where what they share counts in each. A second start finds "
-        "the rows tokenised and only packs them again. The others compare this project with the original's way, in as many "
-        "processes.",
+        "the rows tokenised and only packs them again. The others compare this project with the original's way, in as "
+        "many processes.",
         (("data-size", data_size.table_of), ("tokenise-*", tokenise.table_of)),
     ),
     Section(

@@ -233,7 +233,7 @@ def test_an_output_folder_without_a_complete_checkpoint_is_refused(exported, mak
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("complete.json", "did not finish"), ("tokenizer.json", "tokenizer.json is missing"), (WEIGHTS, "missing")],
+    [
         ("complete.json", "saving it did not finish"),
         ("tokenizer.json", "tokenizer.json is missing"),
         (WEIGHTS, "missing"),

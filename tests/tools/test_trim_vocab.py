@@ -243,5 +243,5 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(trim, make_model, fe
         assert not [path for path in tmp_path.iterdir() if "small" in path.name]
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine").touch()
-    assert "is there already; give a new folder" in trim(model, code=2).stderr
+    assert "already exists; give a new folder" in trim(model, code=2).stderr
     assert load_tokenizer(str(model)).eos_token == "</s>"
