@@ -107,7 +107,7 @@ def train(given: Given) -> Iterator[Figures]:
         for line in re.findall(r"^(?:rows|steps|rate|device|memory) .*$", printed, re.M):
             yield f"{shape}, said", {"line": line}
     card = (given.scratch / "train" / "README.md").read_text(encoding="utf-8")
-    if match := re.search(r"([\d,]+) tokens a second", card):
+    if match := re.search(r"([\d,]+) tokens/s", card):
         yield f"{shape}, its own card", {"tokens/s": float(match[1].replace(",", ""))}
     state = json.loads((given.scratch / "train" / "trainer_state.json").read_text())
     yield (
@@ -148,7 +148,7 @@ def zero_run(given: Given, shape: str, config: object, offload: str, ranks: int)
     except RuntimeError as error:
         return {"failed": str(error)[-300:]}
     card = (given.scratch / output / "README.md").read_text(encoding="utf-8")
-    rate = float(re.search(r"([\d,]+) tokens a second", card)[1].replace(",", ""))
+    rate = float(re.search(r"([\d,]+) tokens/s", card)[1].replace(",", ""))
     return {"seconds": seconds, "tokens/s": rate, "loss": re.search(r"^loss (.*) in", printed, re.M)[1]}
 
 

@@ -121,7 +121,7 @@ def assert_equal_runs(output: Path, expected: Path) -> None:
 def test_two_ranks_equal_one_process_with_twice_the_accumulation(kind, shape, packing, train, one_process, tmp_path):
     printed = two_ranks(train, kind, tmp_path, shape, *packing)
     assert "1 per device x 2 accumulated x 2 processes" in printed
-    assert printed.count("examples a step") == 1, "both ranks printed the header"
+    assert printed.count("examples per step") == 1, "both ranks printed the header"
     assert ("a row x" in printed) == (packing is PACKED)
     assert ("each with the whole model" if kind == "DDP" else kind) in printed
     assert_equal_runs(tmp_path, one_process(shape, *packing))
@@ -222,7 +222,7 @@ def train_on_hosts(
 @pytest.mark.slow
 def test_two_hosts_equal_one_process(two_hosts, train, one_process, tmp_path):
     printed = train_on_hosts(train, two_hosts, [tmp_path, tmp_path])
-    assert "1 per device x 2 accumulated x 2 processes" in printed[0] and "examples a step" not in printed[1]
+    assert "1 per device x 2 accumulated x 2 processes" in printed[0] and "examples per step" not in printed[1]
     assert_equal_runs(tmp_path, one_process("bloom-tiny", *APART))
 
 
@@ -230,7 +230,7 @@ def test_two_hosts_equal_one_process(two_hosts, train, one_process, tmp_path):
 def test_two_hosts_without_a_shared_folder_are_refused(two_hosts, train, tmp_path):
     outputs = [tmp_path / "first", tmp_path / "second"]
     for stderr in train_on_hosts(train, two_hosts, outputs, code=2):
-        assert "is not one folder for all hosts" in stderr and "disk that the hosts share" in stderr
+        assert "is a different folder on each host" in stderr and "disk that the hosts share" in stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -170,7 +170,7 @@ def test_two_ranks_train_on_the_rows_of_one_process(run, arguments, tmp_path):
     finish(run, arguments(file, tmp_path / "one", *flags, "--per_device_train_batch_size", 2))
     two = arguments(file, tmp_path / "two", *flags, "--per_device_train_batch_size", 1)
     printed = finish(run, two, "-m", "sft.training.launch", "--cpu", "--ranks", "2")
-    assert "2 examples a step" in printed and printed.count("examples streamed from 1 files") == 1
+    assert "2 examples per step" in printed and printed.count("examples streamed from 1 files") == 1
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
     assert len(set(logged(tmp_path / "one"))) == 20
     assert not (tmp_path / "cache").exists()
