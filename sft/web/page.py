@@ -94,6 +94,7 @@ class ChatPage:
         """Build the page; `names` are the checkpoints' headings."""
         self.answering = answering
         self.names = list(names)
+        self.labels = [f"{name}: {chat}" for name, chat in zip(names, answering.chats, strict=True)]
         self.partial: OrderedDict[str, Progress] = OrderedDict()
         with gr.Blocks(title="chinese_bloom", fill_width=True, analytics_enabled=False) as self.blocks:
             self.store = gr.BrowserState(history.blank(), storage_key=STORAGE_KEY, secret=STORAGE_KEY)
@@ -312,7 +313,7 @@ class ChatPage:
         self.partial.pop(visitor.session, None)
         if progress.finished:
             answered = self.show(history.answer(asked, progress.answers))
-            yield answered | {self.status: {"value": footer(self.names, progress, language)}}
+            yield answered | {self.status: {"value": footer(self.labels, progress, language)}}
 
     def _busy(self, asked: Store) -> Updates:
         """Return what shows a question, and holds what would change the store while it is answered."""
@@ -323,7 +324,7 @@ class ChatPage:
         """Return the updates that show a growing answer, or the place in the queue."""
         if progress.ahead:
             return {self.status: {"value": say(language, "waiting", ahead=progress.ahead)}}
-        updates = {self.status: {"value": footer(self.names, progress, language)}}
+        updates = {self.status: {"value": footer(self.labels, progress, language)}}
         for number, (chatbot, answer) in enumerate(zip(self.chatbots, progress.answers, strict=False)):
             updates[chatbot] = {"value": [*as_messages(conversation, number), as_message("assistant", answer)]}
         return updates
@@ -350,7 +351,7 @@ class ChatPage:
         ready: Updates = {self.box: READY, **{component: {"interactive": True} for component in self._held()}}
         progress = self.partial.pop(request.session_hash, None)
         if progress is not None:
-            status = {self.status: {"value": footer(self.names, progress, history.language_of(store), stopped=True)}}
+            status = {self.status: {"value": footer(self.labels, progress, history.language_of(store), stopped=True)}}
             ready = merged(ready, self.show(history.answer(store, progress.answers)), status)
         return as_updates(ready)
 

@@ -76,11 +76,11 @@ def escape(text: str) -> str:
     return MARKS.sub(r"\\\1", text)
 
 
-def footer(names: Sequence[str], progress: Progress, language: str, stopped: bool = False) -> str:
-    """Return the line below the answers: what was left out, how fast they came, and why they ended."""
+def footer(labels: Sequence[str], progress: Progress, language: str, stopped: bool = False) -> str:
+    """Return the line below the answers of labelled checkpoints: what was left out, how fast, why they ended."""
     lines = []
-    for name, answer, reply in zip(names, progress.answers, progress.replies, strict=False):
-        parts = [escape(f"{name}: {reply.chat}")]
+    for label, answer, reply in zip(labels, progress.answers, progress.replies, strict=False):
+        parts = [escape(label)]
         if reply.turns_left_out:
             parts.append(say(language, "left_out", turns=reply.turns_left_out))
         if reply.tokens_left_out:
