@@ -122,7 +122,7 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(kind, shape, pa
     printed = two_ranks(train, kind, tmp_path, shape, *packing)
     assert "1 per device x 2 accumulated x 2 processes" in printed
     assert printed.count("examples per step") == 1, "both ranks printed the header"
-    assert ("a row x" in printed) == (packing is PACKED)
+    assert ("per sequence x" in printed) == (packing is PACKED)
     assert ("each with the whole model" if kind == "DDP" else kind) in printed
     assert_equal_runs(tmp_path, one_process(shape, *packing))
 

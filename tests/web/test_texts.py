@@ -31,7 +31,7 @@ def test_language_of_a_browser(header: str, language: str):
 
 
 def test_say():
-    assert say("zh", "waiting", ahead=3) == "前面还有 3 个问题"
+    assert say("zh", "waiting", ahead=3) == "前面还有 3 个问题在排队"
     assert say("en", "long_question", given=12345, most=8000).startswith(
         "The question has 12,345 characters; the limit is"
     )
