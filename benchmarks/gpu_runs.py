@@ -99,7 +99,7 @@ def train(given: Given) -> Iterator[Figures]:
         for name, pattern in {
             "leak": r"are those of each alone, to (\S+)",
             "loss": r"^loss (\S+ -> \S+) in",
-            "goes on from": r"going on from \S*(checkpoint-\d+)",
+            "resumed from": r"resuming from \S*(checkpoint-\d+)",
         }.items():
             if match := re.search(pattern, printed, re.M):
                 found[name] = match[1]

@@ -100,7 +100,7 @@ def test_the_gpu_script_runs_every_item_on_a_cpu_with_tiny_shapes(tmp_path: Path
     assert all(figure["tokens/s"] > 0 for figure in speeds)
     assert all(figure["leak"] < 1e-5 for figure in speeds if figure["leak"] is not None)
     [start, again] = [figure for figure in figures if figure["item"] == "train" and "seconds" in figure]
-    assert "goes on from" not in start and again["goes on from"] == "checkpoint-10"
+    assert "resumed from" not in start and again["resumed from"] == "checkpoint-10"
     assert len([line for line in printed.splitlines() if " s  " in line]) == len(figures)
 
 
