@@ -54,7 +54,7 @@ def convert(model: PreTrainedModel, way: str) -> PreTrainedModel:
 
 
 def measure_way(way: str, options: argparse.Namespace) -> dict:
-    """Generate in this process; return tokens a second after the first, seconds until it, and bytes of weights."""
+    """Generate in this process; return tokens/s after the first, seconds until it, and bytes of weights."""
     model = build_model(options.shape)
     start = time.perf_counter()
     model = convert(model, way)  # not in inference mode, in which bf16 weights are multiplied more slowly

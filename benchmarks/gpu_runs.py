@@ -199,7 +199,7 @@ def ways_to_train(shape: str) -> Iterator[tuple[str, str, dict]]:
         yield "TRL, padded to batches of 8", "trl-padded", {}
     yield "packed, 8 rows, compiled blocks", "ours-packed", {"rows": 8, "compile_blocks": True}
     yield "packed, 4 rows a step", "ours-packed", {"rows": 4}
-    yield "8 examples a step, not packed", "ours", {}
+    yield "8 examples per step, not packed", "ours", {}
     if shape != "bloom-1b7":  # once is enough for what compiles for a minute
         yield "packed, 8 rows, --torch_compile", "ours-packed", {"rows": 8, "torch_compile": True}
 
