@@ -241,6 +241,7 @@ def threads_of_replies() -> list[str]:
     return [name for name in names if "_generate" in name or "ThreadPoolExecutor" in name]
 
 
+@pytest.mark.slow
 def test_clients_who_vanish_leave_nothing_running_and_little_in_memory(wide_page):
     page, memory = wide_page, []
     for number in range(4):

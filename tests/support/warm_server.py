@@ -3,10 +3,13 @@
     python warm_server.py LISTENER MODULE ...       (LISTENER: the number of an open file, a Unix socket that listens)
 
 Each connection asks for one program: a JSON object (argv, environment, folder) with standard input, output and error.
-The fork runs it as Python would, down to the interpreter's end. The connection carries signals one way and the exit
-code the other; where it breaks, the asker was killed, and so is the program. The end of standard input ends the server.
+The fork runs it as Python would, but for one second of the interpreter's end: taking down what the server imported.
+The connection carries signals one way and the exit code the other; where it breaks, the asker was killed, and so is
+the program. The end of standard input ends the server.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -15,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -106,8 +110,25 @@ def run(argv: list[str], environment: dict[str, str], folder: str) -> None:
         runpy.run_path(argv[0], run_name="__main__")
 
 
+def end(code: int) -> None:
+    """End as Python does, but for the modules: threads, atexit, streams."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    run(**Server(int(sys.argv[1])).serve())
+    gc.freeze()  # a collection in a fork would write to every page of these modules, and so copy it
+    program = Server(int(sys.argv[1])).serve()
+    try:
+        run(**program)
+    except SystemExit as ending:
+        if not isinstance(ending.code, int | None):
+            raise
+        end(ending.code or 0)
+    end(0)

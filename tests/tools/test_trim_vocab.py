@@ -233,7 +233,7 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(trim, make_model, fe
     (broken / "config.json").write_text(json.dumps({**config, "pad_token_id": 1024, "vocab_size": 1024}))
     for folder, flags, data, message in (
         (model, ["--keep_top", 0], few_rows[0], "error: --keep_top 0 must be 1 or more"),
-        (model, [], SAMPLE, f"drops no token of {model}; give a --keep_top far below 1,024"),
+        (model, ["--keep_top", 1024], few_rows[0], f"drops no token of {model}; give a --keep_top far below 1,024"),
         (model, [], empty, "has no rows to train on"),
         (tmp_path / "none", [], few_rows[0], "is not a folder"),
         (broken, [], few_rows[0], "the model's pad_token_id 1024 is not a token of its tokenizer; correct config.json"),
