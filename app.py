@@ -35,9 +35,14 @@ def parse_arguments() -> argparse.Namespace:
         "--max_waiting",
         type=int,
         default=20,
-        help="questions in the queue (default 20)",
+        help="most questions in the queue, with the one being answered (default 20)",
     )
-    parser.add_argument("--requests_per_minute", type=int, default=60, help="per user or address (default 60)")
+    parser.add_argument(
+        "--requests_per_minute",
+        type=int,
+        default=60,
+        help="most questions a minute from one user, or from one address without login (default 60)",
+    )
     parser.add_argument("--max_characters", type=int, default=8_000, help="per question (default 8000)")
     parser.add_argument("--max_new_tokens", type=int, default=2_048, help="per answer (default 2048)")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Fine-tune on one GPU, or on the CPU where there is none.
-#   sh base_run.sh                          bloom-560m on data_proj/opendata, the original's recipe in packed rows
-#   sh base_run.sh --learning_rate 1e-5     any flag of train_sft.py, after the ones below
+#   sh base_run.sh                          bloom-560m on data_proj/opendata, the original's recipe, in packed sequences
+#   sh base_run.sh --learning_rate 1e-5     any flag of train_sft.py; it overrides the ones below
 #   sh base_run.sh --packing False          steps of 8 examples, as the original made them
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh base_run.sh
-#   sh base_run.sh --demo                   the whole way on a small random model: no GPU, no hub, no data needed
+#   sh base_run.sh --demo                   every step, on a small random model: needs no GPU, no hub, no data
 #   FAMILY=falcon sh base_run.sh --demo
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)

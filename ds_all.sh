@@ -5,9 +5,9 @@
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh ds_all.sh --num_train_epochs 1
 #   ZERO_STAGE=auto sh ds_all.sh                     the stage and offload that --plan finds to fit
 #   OFFLOAD=optimizer sh ds_all.sh                   optimizer states in the host's memory
-#   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=nvme_folder in files there
+#   ZERO_STAGE=3 OFFLOAD=all sh ds_all.sh            the weights too; with OFFLOAD_DIR=nvme_folder, in files there
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh ds_all.sh       on each of two hosts, with its own NODE_RANK
-#   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on each
+#   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on all hosts
 #   DEVICE=cpu NUM_GPUS=2 sh ds_all.sh               two ranks on the CPU, to try things out
 # SIGTERM saves at the next step and ends with exit code 75; what has not ended GRACE_SECONDS (25) later is killed.
 set -eu
@@ -43,7 +43,7 @@ if [ "$stage" = auto ]; then
     read -r stage offload checkpointing <<WORDS
 $chosen
 WORDS
-    echo "ZERO_STAGE=$stage OFFLOAD=$offload, activation checkpointing $checkpointing: the fastest that fits, by --plan"
+    echo "ZERO_STAGE=$stage OFFLOAD=$offload, activation checkpointing $checkpointing: the fastest that fits (--plan)"
 fi
 
 # $launch is several words.

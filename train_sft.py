@@ -57,7 +57,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlanArguments, Tra
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"the flags do not fit together: {one_line(error)}") from None
+        raise UserError(f"a flag cannot be used: {one_line(error)}") from None
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]

@@ -107,11 +107,11 @@ HEADER = ["rows", "file", "tokenised in", "rows/s", "packed in", "largest proces
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description="Measure what many rows take.")
-    parser.add_argument("--data", required=True, help="rows whose clauses and lengths the measured rows take")
-    parser.add_argument("--rows", type=int, nargs="+", default=[5_000_000], help="how many rows, once each")
+    parser.add_argument("--data", required=True, help="rows from whose clauses the measured rows are made")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5_000_000], help="numbers of rows to measure")
     parser.add_argument("--processes", type=int, default=2, help="processes that tokenise")
     parser.add_argument("--vocab_size", type=int, default=32_768, help="entries of the tokenizer, trained on --data")
-    parser.add_argument("--scratch", type=Path, help="where the rows and the cache lie meanwhile")
+    parser.add_argument("--scratch", type=Path, help="a folder for the temporary rows and their cache")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # the process that loads: its folder
     return parser.parse_args()

@@ -137,8 +137,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=int, default=64, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3, help="how often all ways are measured, in turn")
     parser.add_argument("--checkpoint", help="a trained model, to compare the ways' answers on")
-    parser.add_argument("--data", help="its rows, as train_sft.py takes them")
-    parser.add_argument("--rows", type=int, default=100, help="the first so many of them")
+    parser.add_argument("--data", help="rows to compare on, as train_sft.py takes them")
+    parser.add_argument("--rows", type=int, default=100, help="how many of them, from the first")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
     return parser.parse_args()

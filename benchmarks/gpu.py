@@ -150,7 +150,7 @@ def repeated_sample(path: Path) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description="Measure all that only a GPU can say, the most telling first.")
-    parser.add_argument("--minutes", type=float, default=10, help="end by then, whatever is left")
+    parser.add_argument("--minutes", type=float, default=10, help="stop after so many minutes, even if items are left")
     parser.add_argument("--part", type=int, choices=PARTS, help="one half of the items")
     parser.add_argument("--items", nargs="+", choices=ITEMS, help="these items, in this order")
     parser.add_argument("--data", help="rows to train on; by default the project's sample")

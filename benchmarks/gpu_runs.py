@@ -97,14 +97,14 @@ def train(given: Given) -> Iterator[Figures]:
         seconds, printed = run_script(given, shape, "train", *flags, *flags_of_start, "--lr_scheduler_type", "constant")
         found = {"seconds": seconds}
         for name, pattern in {
-            "leak": r"are those of each alone, to (\S+)",
+            "leak": r"in a flat batch as alone, to (\S+)",
             "loss": r"^loss (\S+ -> \S+) in",
             "resumed from": r"resuming from \S*(checkpoint-\d+)",
         }.items():
             if match := re.search(pattern, printed, re.M):
                 found[name] = match[1]
         yield f"{shape}, to step {steps}", found
-        for line in re.findall(r"^(?:rows|steps|rate|device|memory) .*$", printed, re.M):
+        for line in re.findall(r"^(?:packing|steps|rate|device|memory) .*$", printed, re.M):
             yield f"{shape}, said", {"line": line}
     card = (given.scratch / "train" / "README.md").read_text(encoding="utf-8")
     if match := re.search(r"([\d,]+) tokens/s", card):
@@ -193,15 +193,15 @@ def speed(given: Given) -> Iterator[Figures]:
 def ways_to_train(shape: str) -> Iterator[tuple[str, str, dict]]:
     """Yield a title, the way's name in `benchmarks.throughput`, and its options."""
     yield "plain recipe, 8 accumulated", "plain", {}
-    yield "packed, 1 row a step", "ours-packed", {}
-    yield "packed, 8 rows a step", "ours-packed", {"rows": 8}
+    yield "packed, 1 sequence per step", "ours-packed", {}
+    yield "packed, 8 sequences per step", "ours-packed", {"rows": 8}
     if find_spec("trl"):
         yield "TRL, padded to batches of 8", "trl-padded", {}
-    yield "packed, 8 rows, compiled blocks", "ours-packed", {"rows": 8, "compile_blocks": True}
-    yield "packed, 4 rows a step", "ours-packed", {"rows": 4}
+    yield "packed, 8 sequences, compiled blocks", "ours-packed", {"rows": 8, "compile_blocks": True}
+    yield "packed, 4 sequences per step", "ours-packed", {"rows": 4}
     yield "8 examples per step, not packed", "ours", {}
     if shape != "bloom-1b7":  # once is enough for what compiles for a minute
-        yield "packed, 8 rows, --torch_compile", "ours-packed", {"rows": 8, "torch_compile": True}
+        yield "packed, 8 sequences, --torch_compile", "ours-packed", {"rows": 8, "torch_compile": True}
 
 
 def profiled(given: Given) -> Iterator[Figures]:

@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run on this CPU and compare")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=MEASURED_SHAPES, help="what to measure")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how to train it")
-    parser.add_argument("--num_tokens", type=int, default=1024, help="of a packed row")
+    parser.add_argument("--num_tokens", type=int, default=1024, help="tokens of a packed sequence")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     given = parser.parse_args()
     if given.measure:

@@ -38,7 +38,7 @@ def write_rows(path: Path, data: str, number: int, seed: int = 0) -> None:
     another."""
     rows = [row for shard in find_shards(data, "--data") for row in read_all(shard) if isinstance(row, Sample)]
     if not rows:
-        raise UserError(f"--data {data} has no row; give instruction rows such as those of data_proj/sample")
+        raise UserError(f"--data {data} has no rows; give instruction rows such as those of data_proj/sample")
     clauses = [clause for row in rows for clause in CLAUSE.findall(row.instruction + row.output)]
     generator = random.Random(seed)
 
@@ -122,7 +122,7 @@ def table_of(result: dict) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description="Compare how fast rows are tokenised.")
-    parser.add_argument("--data", required=True, help="rows whose clauses and lengths the measured rows take")
+    parser.add_argument("--data", required=True, help="rows from whose clauses the measured rows are made")
     parser.add_argument("--rows", type=int, default=20_000, help="rows to tokenise")
     parser.add_argument("--processes", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--rounds", type=int, default=2, help="how often each way is measured")

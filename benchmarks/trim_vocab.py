@@ -66,7 +66,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each model and round")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, not measured")
     parser.add_argument("--rounds", type=int, default=1, help="how often both are measured, in turn")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a packed row")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a packed sequence")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for both")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)  # the process of one model
@@ -74,7 +74,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if not 512 <= options.vocab_size < SHAPES[options.shape].vocab_size:
         raise UserError(
-            f"--vocab_size {options.vocab_size} is not 512 to {SHAPES[options.shape].vocab_size - 1:,}, "
+            f"--vocab_size {options.vocab_size} must be from 512 to {SHAPES[options.shape].vocab_size - 1:,}, "
             f"fewer than {options.shape} has; type --vocab_size {SHAPES[options.shape].vocab_size // 2}"
         )
     return options

@@ -83,8 +83,8 @@ def check_kernels(on_the_cpu: str) -> None:
         oldest = "{}.{}".format(*divmod(min(built_for), 10))
         raise UserError(
             f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and PyTorch "
-            f"{torch.__version__} supports {oldest} and newer; choose a newer GPU by CUDA_VISIBLE_DEVICES, install a "
-            f"PyTorch that was built for it, or type {on_the_cpu}"
+            f"{torch.__version__} supports {oldest} and newer; choose a newer GPU with CUDA_VISIBLE_DEVICES, install a "
+            f"PyTorch that was built for this one, or type {on_the_cpu}"
         )
 
 

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from sft.chat.reply import Reply
 
 
-def recall(chat: ChatModel, data: str, number: int) -> int:
-    """Ask the first row of each of `number` shards, stream the answers, and return how many match their row.
+def recall(chat: ChatModel, data: str, number: int) -> tuple[int, int]:
+    """Ask the first row of each of `number` shards, stream the answers, and return how many match and were asked.
 
     An answer matches if it equals the row's output to the character and the model ended it itself.
     """
     from sft.data.formats import read_samples
     from sft.data.shards import find_shards
 
-    num_right = 0
-    for shard in islice(find_shards(data), number):
+    num_right = num_asked = 0
+    for num_asked, shard in enumerate(islice(find_shards(data), number), start=1):
         row = next(read_samples(shard))
         print(f"\n问 | {row.instruction.strip()}" + (f"\n   | {row.input}" if row.input else ""))
         print("答 | ", end="", flush=True)
@@ -41,7 +41,7 @@ def recall(chat: ChatModel, data: str, number: int) -> int:
         num_right += right
         judgement = "the trained answer, ended by itself" if right else f"NOT the trained answer: {row.output!r}"
         print(f"\n   | {judgement}")
-    return num_right
+    return num_right, num_asked
 
 
 def show(reply: Reply) -> str:
@@ -102,9 +102,9 @@ def main() -> None:
     if not arguments.recall:
         talk(chat, sampling)
         return
-    num_right = recall(chat, arguments.recall, arguments.rows)
-    print(f"\n{num_right} of {arguments.rows} answers are the trained ones")
-    if num_right < arguments.rows:
+    num_right, num_asked = recall(chat, arguments.recall, arguments.rows)
+    print(f"\n{num_right} of {num_asked} answers are the trained ones")
+    if num_right < num_asked:
         raise UserError(f"{arguments.checkpoint} has not learnt the rows of {arguments.recall}; train it longer")
 
 
@@ -114,8 +114,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Sampling]:
         "python -m sft.chat", description="Talk to a checkpoint in the terminal; an empty line ends the chat."
     )
     parser.add_argument("checkpoint", help="a model folder, a LoRA adapter's folder or a hub id")
-    parser.add_argument("--recall", metavar="DATA", help="ask rows of these shards and compare the answers; no chat")
-    parser.add_argument("--rows", type=int, default=3, help="how many rows to ask, the first of each shard (default 3)")
+    parser.add_argument("--recall", metavar="DATA", help="do not chat: ask questions from these rows, and compare")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to ask, the first of each file (default 3)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument(
         "--quantize", default="none", choices=("none", "int8"), help="int8: 8-bit weights, faster on a CPU"

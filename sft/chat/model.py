@@ -107,7 +107,7 @@ def choose_device(device: str) -> str:
         device = (machine.accelerator() or torch.device("cpu")).type
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: no GPU is visible here; expected cpu, or check nvidia-smi")
+            raise UserError(f"--device {device}: no GPU is visible here; type --device cpu, or check nvidia-smi")
         machine.check_kernels("--device cpu")
     try:
         torch.empty(0, device=device)

@@ -110,6 +110,6 @@ class PackedSequences(Sequences):
     def sequences_line(self) -> str:
         """Return how many sequences there are and how full they are."""
         return (
-            f"{self.num_sequences:,} packed of up to {self.max_length:,} tokens, {self.fill_rate:.1%} full, "
+            f"{self.num_sequences:,} sequences of up to {self.max_length:,} tokens, {self.fill_rate:.1%} full, "
             f"{self.num_samples / self.num_sequences:.1f} examples each"
         )

@@ -45,7 +45,7 @@ class DataReport:
             )
             return (
                 f"has {counts.refused:,} of {counts.rows:,} rows refused{unread}, more than --max_bad_fraction "
-                f"{max_bad_fraction:g}; fix them, or allow more"
+                f"{max_bad_fraction:g}; fix them, or raise --max_bad_fraction"
             )
         return None if self.kept else f"has no rows to train on: all {counts.rows:,} were refused"
 

@@ -16,7 +16,7 @@ from sft.data.cache import lengths_of
 from sft.data.collate import COLUMNS
 
 NUM_HASHED = 1000  # samples whose tokens tell the data of two runs apart, beside the lengths of all
-NOT_PACKED = "each batch of examples is one row, end to end, without padding"
+NOT_PACKED = "off: the examples of a batch lie end to end, without padding"
 
 
 class Sequences(Dataset, ABC):

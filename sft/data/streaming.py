@@ -18,7 +18,7 @@ from sft.data.encode import Encoder, group
 from sft.data.formats import Sample, read_all
 from sft.data.packing import pack
 from sft.data.sequences import NOT_PACKED, Sequences
-from sft.data.shards import NUM_NAMED, Refused, size_of
+from sft.data.shards import NUM_NAMED, SHAPE, Refused, size_of
 from sft.machine import gib
 from sft.program import OneRankError, UserError
 
@@ -80,7 +80,8 @@ class StreamedSequences(Sequences, IterableDataset):
         samples = (sample for index in order for sample in self._kept(self.files[index], epoch))
         buffer = list(islice(samples, BUFFER_SAMPLES if self.shuffle else 1))
         if not buffer:
-            raise UserError(f"there are no rows to train on; {self.notes} lists what was refused")
+            listed = f"; {self.notes} lists what was refused" if self.num_rows else f"; expected rows such as {SHAPE}"
+            raise UserError(f"there are no rows to train on{listed}")
         for sample in samples:
             index = generator.integers(len(buffer))
             yield buffer[index]
@@ -118,7 +119,7 @@ class StreamedSequences(Sequences, IterableDataset):
             # Until its first sequence every rank reads the same; later one may be ahead of the others and end alone.
             raise (OneRankError if self.rank and self.has_begun else UserError)(
                 f"{self.num_refused:,} of the first {self.num_rows:,} rows were refused{unread}, more than "
-                f"--max_bad_fraction {self.max_bad_fraction:g}; fix them ({self.notes} lists them), or allow more"
+                f"--max_bad_fraction {self.max_bad_fraction:g}; fix them ({self.notes} lists them), or raise the limit"
             )
 
     def first(self) -> dict[str, list[int]]:
@@ -142,11 +143,13 @@ class StreamedSequences(Sequences, IterableDataset):
 
     def samples_line(self) -> str:
         """Return the number and size of the files."""
-        return f"streamed from {len(self.files):,} files of {gib(sum(map(size_of, self.files)))}"
+        return f"streamed from {len(self.files):,} files, {gib(sum(map(size_of, self.files)))} in all"
 
     def sequences_line(self) -> str:
         """Return whether they are packed."""
-        return f"packed of up to {self.encoder.max_length:,} tokens while training" if self.is_packed else NOT_PACKED
+        if not self.is_packed:
+            return NOT_PACKED
+        return f"sequences of up to {self.encoder.max_length:,} tokens, packed while training"
 
     def line(self) -> str:
         """Return how many rows were read and refused so far, for people."""

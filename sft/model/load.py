@@ -35,15 +35,18 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
     folder = Path(name_or_path)
     if folder.is_dir():
         return name_or_path
-    if not folder.is_file() and not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
+    if folder.is_file():
+        raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
+    if not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
         return name_or_path
-    cached = None if folder.is_file() else _cached_config(name_or_path, cache_dir)
-    if cached:
+    if cached := _cached_config(name_or_path, cache_dir):
         return str(Path(cached).parent)
+    why, remedy = f"{constants.ENDPOINT} cannot be reached", "set HF_ENDPOINT to a mirror"
+    if constants.HF_HUB_OFFLINE:
+        why, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
     raise UserError(
-        f"{name_or_path} is not a folder, is not in the local cache, and {constants.ENDPOINT} "
-        f"{'is not asked (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else 'cannot be reached'}; "
-        "give the path of a downloaded model folder, or set HF_ENDPOINT to a mirror"
+        f"{name_or_path} is not a folder, is not in the local cache, and {why}; give the path of a downloaded model "
+        f"folder, or {remedy}"
     )
 
 
@@ -195,6 +198,6 @@ def load_model(
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"the weights of {name_or_path} lack {len(missing)} of the model's tensors, such as {missing[0]}; "
-            "expected all of them, since the others would be random; download or copy the folder again"
+            "expected all of them, since the missing ones would be random; download or copy the folder again"
         )
     return model

@@ -109,7 +109,8 @@ def show(run: Run) -> str:
     total = here.device_bytes if here.is_gpu else here.host_bytes
     lines = [
         f"plan     {run.config.model_type} on {here.name} of {total / GIB:,.0f} GiB, {here.host_bytes / GIB:,.0f} GiB "
-        f"of host memory; sequences of {run.args.model_max_length:,} tokens; GiB, computed and not measured",
+        f"of host memory; sequences of {run.args.model_max_length:,} tokens; in GiB, computed and not measured; "
+        "checkpointed: with activation checkpointing",
         table(found, here),
     ]
     if here.is_gpu:
@@ -200,9 +201,9 @@ def fit(run: Run, num_tokens: int) -> Fit:
         note += "; unproven: it leaves little for what no plan can foresee"
     line = _memory_line(needs, here)
     if fits(needs, here, strategy.zero_stage) or not run.plan_args.check_fit:
-        return Fit(f"{line}, by --plan{note}", needs_checkpointing)
+        return Fit(f"{line}, according to --plan{note}", needs_checkpointing)
     raise UserError(
-        f"{name_of(strategy)} with {num_tokens:,} tokens in a batch needs {line}, by --plan; "
+        f"{name_of(strategy)} with {num_tokens:,} tokens in a batch needs {line}, according to --plan; "
         f"{_instead(run, run.options())}; or try it anyway: --check_fit False"
     )
 
@@ -210,6 +211,6 @@ def fit(run: Run, num_tokens: int) -> Fit:
 def _memory_line(needs: Footprint, here: Machine) -> str:
     where = "each GPU" if here.is_gpu else "each process"
     return (
-        f"about {needs.device / GIB:,.1f} of {here.usable_bytes / GIB:,.1f} GiB on {where} and "
-        f"{needs.host / GIB:,.1f} of {here.host_bytes / GIB:,.1f} on the host"
+        f"about {needs.device / GIB:,.1f} GiB on {where} (of {here.usable_bytes / GIB:,.1f}) and "
+        f"{needs.host / GIB:,.1f} GiB on the host (of {here.host_bytes / GIB:,.1f})"
     )

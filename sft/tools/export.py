@@ -83,7 +83,7 @@ def export(path: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
 def main() -> None:
     """Export as the command line says."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a checkpoint, or the --output_dir of a run: its newest complete one")
+    parser.add_argument("checkpoint", help="a checkpoint, or a run's --output_dir for its newest complete one")
     parser.add_argument("output", help="the model folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights, by default float32")
     given = parser.parse_args()

@@ -94,7 +94,7 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> dict:
     affixes = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if model["type"] != "BPE" or affixes or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary):
         raise UserError(
-            f"the tokenizer is a {model['type']} that lacks bytes or marks its tokens; expected a byte-level BPE, as "
+            f"the tokenizer is a {model['type']} that is not byte-level or adds affixes; expected a byte-level BPE, as "
             "BLOOM and Falcon have; train the model with its full vocabulary"
         )
     return state
@@ -109,7 +109,10 @@ def pinned_ids(tokenizer: PreTrainedTokenizerBase, settings: Iterable[Pretrained
         pinned.update(tokenizer(text, add_special_tokens=False).input_ids)
     for name, ids in chain.from_iterable(map(token_ids_of, settings)):
         if unknown := [id for id in ids if id >= len(tokenizer)]:
-            raise UserError(f"the model's {name} {unknown[0]} is not a token of its tokenizer; correct config.json")
+            raise UserError(
+                f"the model's {name} {unknown[0]} is not a token of its tokenizer; correct config.json or "
+                "generation_config.json"
+            )
         pinned.update(ids)
     return pinned
 
@@ -221,10 +224,10 @@ class Outcome:
     def lines(self) -> Iterator[str]:
         """Yield the figures in words."""
         (before, after), (weights, fewer), (tokens, more) = self.num_tokens, self.num_parameters, self.data_tokens
-        split = f"into {more / tokens - 1:.2%} more tokens than before" if more != tokens else "into as many tokens"
-        yield f"tokens: {after:,} of {before:,}; the data has {self.num_occurring:,} of them"
+        more_tokens = f"{more / tokens - 1:.2%} more tokens than" if more != tokens else "as many tokens as"
+        yield f"tokens: {after:,} of {before:,} kept; {self.num_occurring:,} occur in the data"
         yield f"parameters: {fewer:,} of {weights:,}, {1 - fewer / weights:.1%} fewer"
-        yield f"the data is split {split}"
+        yield f"the data is split into {more_tokens} before"
 
 
 def trim(name: str, data: str, folder: Path, keep_top: int | None, max_length: int, cache_dir: str | None) -> Outcome:

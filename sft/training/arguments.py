@@ -34,7 +34,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "A Hugging Face model folder, or a hub id."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA's matrices, such as 16; 0 trains all weights."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale times its rank; by default 2 r."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's update is scaled by alpha / r; by default alpha is 2 r."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Share of LoRA's inputs to drop in training."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get LoRA; by default all of attention and MLP."}
@@ -103,7 +105,7 @@ class PlanArguments:
     plan: bool = field(default=False, metadata={"help": "Show what fits, with commands, and exit; loads no weights."})
     plan_gpu: str | None = field(default=None, metadata={"help": "Plan for these GPUs, such as 2x24GB."})
     plan_ram: str | None = field(default=None, metadata={"help": "Plan for this much host memory, such as 128GB."})
-    plan_ranks: int | None = field(default=None, metadata={"help": "Plan for this many of the GPUs, or CPU ranks."})
+    plan_ranks: int | None = field(default=None, metadata={"help": "Plan for this many of your GPUs, or CPU ranks."})
     plan_for_shell: bool = field(default=False, metadata={"help": "With --plan: print only the choice for ds_all.sh."})
     check_fit: bool = field(default=True, metadata={"help": "Refuse a run that will not fit according to the plan."})
 
@@ -131,20 +133,20 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Batch size per device; by default 8 examples, or packed sequences: 1 on a CPU, on a GPU as many "
-            "as make 16,384 tokens and fit."
+            "help": "Batch size per device; by default 8 examples. With --packing: 1 sequence on a CPU; on a GPU as "
+            "many sequences as fit, up to 16,384 tokens in all."
         },
     )
     compile_blocks: bool = field(
         default=False,
-        metadata={"help": "Compile the layers around attention and loss (a minute); not with checkpointing."},
+        metadata={"help": "Compile layers around attention and loss (a minute); not with activation checkpointing."},
     )
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that build batches; by default 2 with a GPU, else none."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: there are only tokens."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: every column is used."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log an average in place of NaN or inf."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
     save_optimizer_limit: int | None = field(
@@ -269,7 +271,7 @@ def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     if not data_args.streaming:
         return
     if args.max_steps <= 0:
-        raise UserError("--streaming True needs --max_steps, since nobody counts the rows; type --max_steps 1000")
+        raise UserError("--streaming True needs --max_steps: rows are not counted in advance; type --max_steps 1000")
     not_streamed = {
         "--eval_fraction": data_args.eval_fraction,
         "--dedup": data_args.dedup,
@@ -277,7 +279,7 @@ def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
         "--dataloader_num_workers": args.dataloader_num_workers,
     }
     if given := [flag for flag, value in not_streamed.items() if value]:
-        raise UserError(f"--streaming True reads rows once, in the training process; leave out {', '.join(given)}")
+        raise UserError(f"--streaming True reads rows while it trains, and keeps none; leave out {', '.join(given)}")
 
 
 def _check_lora(model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -285,7 +287,7 @@ def _check_lora(model_args: ModelArguments, args: TrainingArguments) -> None:
     if rank < 0 or not 0 <= dropout < 1 or (alpha is not None and alpha <= 0):
         raise UserError(
             f"--lora_r {rank} --lora_alpha {alpha} --lora_dropout {dropout} cannot be used: rank and alpha must be "
-            "above 0, and dropout in [0, 1); type --lora_r 16"
+            "above 0, and dropout in [0, 1); type, for example, --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
         )
     if not rank and (model_args.load_in_4bit or alpha or model_args.lora_target_modules or dropout):
         raise UserError("--load_in_4bit and --lora_* need LoRA, which is off; add --lora_r 16")
@@ -315,7 +317,7 @@ def _check_trainer(args: TrainingArguments) -> None:
         raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
     if args.train_sampling_strategy not in ("random", "sequential"):
         strategy = args.train_sampling_strategy
-        raise UserError(f"--train_sampling_strategy {strategy} saves padding, and there is none here; type random")
+        raise UserError(f"--train_sampling_strategy {strategy} only reduces padding, and there is none; type random")
     if args.save_on_each_node:
         raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
     if args.enable_jit_checkpoint:
@@ -324,7 +326,10 @@ def _check_trainer(args: TrainingArguments) -> None:
 
 def _check_zero(args: TrainingArguments) -> None:
     if (args.offload != "none" or args.offload_dir) and not args.deepspeed:
-        raise UserError("--offload needs DeepSpeed ZeRO; type OFFLOAD=optimizer sh ds_all.sh, or add --deepspeed")
+        raise UserError(
+            "--offload needs DeepSpeed ZeRO; type OFFLOAD=optimizer sh ds_all.sh, or add "
+            "--deepspeed ds_zero3_config.json"
+        )
     if args.deepspeed and args.device.type not in ("cuda", "cpu"):
         raise UserError(f"--deepspeed runs here on CUDA GPUs and CPUs, not on {args.device.type}; leave it out")
     if args.offload != "none":

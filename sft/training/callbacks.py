@@ -30,7 +30,7 @@ class LeakCheck(TrainerCallback):
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             difference = patch.check(model, dtype, self.shares_batches)
         if state.is_world_process_zero:
-            print(f"checked  examples in one flat batch have the logits of each alone, to {difference:.1g}", flush=True)
+            print(f"checked  examples have the same logits in a flat batch as alone, to {difference:.1g}", flush=True)
 
 
 @dataclass
@@ -152,17 +152,17 @@ def runs_ahead(device: torch.device) -> bool:
 
 def what_is_wasted(loss: float, num_skipped: int) -> str | None:
     """Return why a run is wasted, and what to change, from a step's loss and the skipped steps in a row."""
-    lower = "a lower --learning_rate, a longer --warmup_steps"
+    lower = "a lower --learning_rate or more --warmup_steps"
     if not math.isfinite(loss):
-        return f"the loss is {loss}; type {lower}, or compute in bf16 (--bf16 True) or fp32 (--fp16 False)"
+        return f"the loss is {loss}; try {lower}, or compute in bf16 (--bf16 True) or fp32 (--fp16 False)"
     if loss == 0:
         return (
             "the loss is exactly 0, which happens when numbers overflow in 16 bits; type --fp16 False --bf16 False to "
-            f"compute in fp32, or {lower}"
+            f"compute in fp32, or try {lower}"
         )
     if num_skipped >= MAX_SKIPPED_STEPS:
         return (
             f"{num_skipped} steps in a row were skipped, since gradients overflow fp16 at every loss scale; compute "
-            f"in bf16 (--bf16 True) on a GPU that has it, or in fp32 (--fp16 False), or type {lower}"
+            f"in bf16 (--bf16 True) on a GPU that has it, or in fp32 (--fp16 False), or try {lower}"
         )
     return None

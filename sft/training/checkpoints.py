@@ -94,7 +94,7 @@ def fault_of_weights(folder: Path, shapes: dict[str, tuple[int, ...]] | None = N
     if shapes is None:
         return None
     if wrong := shapes.keys() ^ saved.keys():
-        return f"{len(wrong)} tensors are missing or too many, such as {min(wrong)}"
+        return f"{len(wrong)} tensors are missing or unexpected, such as {min(wrong)}"
     if wrong := [name for name, shape in shapes.items() if saved[name] != shape]:
         return f"{wrong[0]} has the shape {saved[wrong[0]]}, not {shapes[wrong[0]]}"
     return None
@@ -241,5 +241,5 @@ def where_to_restart(output_dir: str) -> str:
     """Return what the message of a wasted run may say of its checkpoints."""
     folder = newest(output_dir)
     if folder is None:
-        return "no checkpoint was saved before it"
+        return "there is no complete checkpoint to start from"
     return f"the last checkpoint is {folder}; start from it: --model_name_or_path {folder} --output_dir ANOTHER"

@@ -174,11 +174,12 @@ def check_free(args: TrainingArguments, schedule: Schedule, num_bytes: int, merg
     there = sum(size_of(folder) for folder in folders_in(args.output_dir)[-at_once:])
     free, needed = shutil.disk_usage(_nearest(args.output_dir)).free, num_bytes * at_once - there + merged_bytes
     if free < needed:
+        fewer = "--save_total_limit 2, or " if at_once > 2 and (args.save_total_limit or at_once) > 2 else ""
         raise UserError(
             f"--output_dir {args.output_dir} has {gib(free)} free and needs {gib(needed)}: "
             f"{at_once} {'checkpoint' if at_once == 1 else 'checkpoints at once'} of about {gib(num_bytes)}"
             f"{f' and the merged model of {gib(merged_bytes)}' if merged_bytes else ''}; give a folder on a larger "
-            "disk, or type --save_total_limit 1, or --save_only_model True, which cannot be resumed"
+            f"disk, or type {fewer}--save_only_model True, from which no run can resume"
         )
 
 
@@ -194,7 +195,7 @@ def make_room(output_dir: str, name: str, num_bytes: int, kept: int | None, best
     if free < num_bytes:
         raise UserError(
             f"{name} needs about {gib(num_bytes)} and {output_dir} has {gib(free)} free; {what_is_left(output_dir)}; "
-            "free the disk and type the same command again"
+            "free disk space and type the same command again"
         )
 
 
@@ -212,7 +213,7 @@ def writing(output_dir: str, name: str) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
         raise OneRankError(
             f"{name} cannot be written to {output_dir}: {one_line(error)}; {what_is_left(output_dir)}; "
-            "free the disk and type the same command again"
+            "free disk space and type the same command again"
         ) from None
 
 

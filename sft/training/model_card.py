@@ -27,12 +27,12 @@ language: [zh]
 
 # {name}
 
-{base} fine-tuned on Chinese instructions, {trained}, loss on the answers only.
+{base} fine-tuned on Chinese instructions ({trained}), with the loss on the answers only.
 The prompt is in the tokenizer's chat template.
 
 ## Data
 
-{data}. `{notes}` lists what was refused, cut or a duplicate, with file, line and reason.
+{data}. `{notes}` lists which rows were refused, cut or dropped as duplicates, with file, line and reason.
 
 ## Run
 
@@ -51,7 +51,7 @@ The prompt is in the tokenizer's chat template.
 ## Licences
 
 {licence}
-The data's own licence applies to them, and may apply to what is trained on them. BelleGroup's sets are for
+The data has a licence of its own, which may also apply to models trained on it. BelleGroup's sets are for
 research only.
 """
 

@@ -95,6 +95,16 @@ def settings_of(
     )
 
 
+# How to name what must stay the same where it is not a flag with its value.
+SAME = {
+    "parameters": "the same model",
+    "trained parameters": "the same model and LoRA flags",
+    "the examples' hash": "the same data",
+    "processes": "as many processes",
+    "rows a step": "as many rows a step",
+}
+
+
 def check_settings(folder: Path, settings: RunSettings) -> None:
     """Raise UserError if a run with other settings made the checkpoint, or if it has no optimizer state."""
     start_anew = f"start a new run from its weights: --model_name_or_path {folder} --output_dir ANOTHER"
@@ -102,8 +112,9 @@ def check_settings(folder: Path, settings: RunSettings) -> None:
         raise UserError(f"{folder} has weights but no optimizer state, so no run can resume from it; {start_anew}")
     made_with = json.loads((folder / MARKER).read_text(encoding="utf-8"))["settings"]
     for name, before, now in settings.differences(made_with):
+        same = SAME.get(name) or (f"no {name}" if before is None else f"{name} {before}")
         raise UserError(
-            f"{folder} was made with {name} {before}, and this command has {now}; resume with {before}, or {start_anew}"
+            f"{folder} was made with {name} {before}, and this command has {now}; resume with {same}, or {start_anew}"
         )
 
 

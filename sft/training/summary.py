@@ -30,7 +30,7 @@ def header(trainer: "Trainer", resumed: Path | None, memory: str) -> str:
     lines = {
         "model": model_line(trainer.model.config, trainer.settings),
         "examples": f"{data.samples_line()}, {num_held_out:,} held out",
-        "rows": data.sequences_line(),
+        "packing": data.sequences_line(),
         "steps": steps_line(args, data),
         "rate": rate_line(args, data),
         "device": device_line(args, trainer.is_lora),

@@ -249,14 +249,14 @@ class Trainer(transformers.Trainer):
         if resumed and checkpoints.step_of(resumed) >= num_steps:
             self.state = TrainerState.load_from_json(str(resumed / checkpoints.STATE))
             if self.is_world_process_zero():
-                print(f"{resumed} has made all its {self.state.global_step:,} steps", flush=True)
+                print(f"{resumed} is the last one: all {self.state.global_step:,} steps are done", flush=True)
             return None
         output = self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         if self.watch.is_stopped and self.state.global_step < num_steps:
             step, output_dir = self.state.global_step, self.args.output_dir
             raise InterruptedRunError(
-                f"SIGTERM came; saved {output_dir}/checkpoint-{step} of {num_steps:,} steps; type the same command "
-                "again to resume"
+                f"SIGTERM received; saved {output_dir}/checkpoint-{step} after step {step:,} of {num_steps:,}; type "
+                "the same command again to resume"
             )
         return output
 

@@ -32,7 +32,8 @@ def read_configuration(path: str, offload: str, offload_dir: str | None, pin_mem
         ) from None
     if offload_dir and offload == "none":
         raise UserError(
-            f"--offload_dir {offload_dir} stays empty, since nothing is offloaded; type OFFLOAD=optimizer or all"
+            f"--offload_dir {offload_dir} would stay empty, since nothing is offloaded; type OFFLOAD=optimizer or "
+            "OFFLOAD=all"
         )
     if stage != 3 and (offload == "all" or (offload != "none" and offload_dir)):
         what = "weights" if offload == "all" else "anything to a disk"

@@ -386,7 +386,7 @@ def test_a_packed_run_on_conversations_has_the_loss_of_a_plain_loop_too(run, mak
     data, conversations = files
     flags = ["--packing", "True", "--per_device_train_batch_size", 99, "--model_max_length", 600]
     losses, printed = train(run, make_model("falcon-tiny"), data, tmp_path, *flags)
-    assert "packed of up to 600 tokens" in printed
+    assert "sequences of up to 600 tokens" in printed
     tokenizer = AutoTokenizer.from_pretrained(make_model("falcon-tiny"))
     model = AutoModelForCausalLM.from_pretrained(make_model("falcon-tiny"))
     assert losses[0] == pytest.approx(mean_loss(model, replies_of(conversations, tokenizer)), abs=1e-4)

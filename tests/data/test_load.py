@@ -122,7 +122,7 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
         assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: invalid JSON")
         assert report.what_is_wrong(0.5) is None
         assert report.what_is_wrong(0.49) == (
-            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; fix them, or allow more"
+            "has 1 of 2 rows refused, more than --max_bad_fraction 0.49; fix them, or raise --max_bad_fraction"
         )
 
 

@@ -18,7 +18,7 @@ from sft.program import UserError
 
 LIST = List(Value("int32"))
 FEATURES = Features({"input_ids": LIST, "lengths": LIST, "length": Value("int32"), "file": Value("int32")})
-NOT_PACKED = "each batch of examples is one row, end to end, without padding"
+NOT_PACKED = "off: the examples of a batch lie end to end, without padding"
 
 
 def samples_of(lengths: list[int], step: int = 10) -> Dataset:
@@ -66,9 +66,9 @@ def test_packed_sequences_count_samples_and_sequences():
     found = PackedSequences(samples_of([10, 7, 3, 6]), 10)
     assert (found.num_samples, found.num_sequences, len(found), found.is_packed) == (4, 3, 3, True)
     assert found.samples_line() == "4 trained on"
-    assert found.sequences_line() == "3 packed of up to 10 tokens, 86.7% full, 1.3 examples each"
+    assert found.sequences_line() == "3 sequences of up to 10 tokens, 86.7% full, 1.3 examples each"
     many = PackedSequences(samples_of([1500] * 1100), 2048)
-    assert many.sequences_line() == "1,100 packed of up to 2,048 tokens, 73.2% full, 1.0 examples each"
+    assert many.sequences_line() == "1,100 sequences of up to 2,048 tokens, 73.2% full, 1.0 examples each"
 
 
 def test_a_stream_has_no_numbers_and_no_length(streamed):
@@ -76,10 +76,10 @@ def test_a_stream_has_no_numbers_and_no_length(streamed):
     assert (found.num_samples, found.num_sequences, found.is_packed) == (None, None, False)
     with pytest.raises(TypeError):
         len(found)
-    assert found.samples_line() == "streamed from 2 files of 0.0 MiB"
+    assert found.samples_line() == "streamed from 2 files, 0.0 MiB in all"
     assert found.sequences_line() == NOT_PACKED
     packed = streamed(TASK, is_packed=True)
-    assert packed.is_packed and packed.sequences_line() == "packed of up to 300 tokens while training"
+    assert packed.is_packed and packed.sequences_line() == "sequences of up to 300 tokens, packed while training"
     assert packed.line() == "0 rows read while training, 0 refused"
 
 

@@ -49,7 +49,7 @@ def test_broken_config_is_refused(tmp_path: Path, content: str):
 def test_file_is_no_model(tmp_path: Path):
     file = tmp_path / "model.safetensors"
     file.write_text("x")
-    assert "is not a folder" in error_of(locate, file)
+    assert error_of(locate, file) == f"{file} is a file; expected a model folder or a hub id; type {tmp_path}"
 
 
 @pytest.mark.parametrize("name", ["bigscience/no-such-model", "no/such/folder", "a b"])

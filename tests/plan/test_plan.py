@@ -69,7 +69,7 @@ def test_activation_checkpointing_is_on_where_the_run_fits_only_with_it(make_mod
     # A GPU that surely leaves 23 MiB, between the 18 that tiny BLOOM takes with activation checkpointing and the 29
     # without; 94 MiB in all.
     run = run_of("bloom-tiny", args, plan_gpu="1x1177MB", plan_ram="64GB")
-    assert fit(run, 512).line.endswith("by --plan") and not fit(run, 512).needs_checkpointing
+    assert fit(run, 512).line.endswith("according to --plan") and not fit(run, 512).needs_checkpointing
     tight = fit(run, 2048)
     assert tight.line.endswith("; activation checkpointing is on, without which it might not fit")
     assert tight.needs_checkpointing and not args.activation_checkpointing
@@ -102,7 +102,8 @@ def test_a_gpus_batch_has_as_many_sequences_as_make_16384_tokens_and_fit(gpu, sh
 def test_the_header_says_what_the_run_takes(plan):
     printed = plan("--max_steps", 1, "--save_strategy", "no").stdout
     assert re.search(
-        r"^memory   about 0\.\d of \d+\.\d GiB on each process and \d+\.\d of \d+\.\d on the host, by --plan$",
+        r"^memory   about 0\.\d GiB on each process \(of \d+\.\d\) and \d+\.\d GiB on the host \(of \d+\.\d\), "
+        r"according to --plan$",
         printed,
         re.M,
     )

@@ -183,7 +183,7 @@ def test_the_clock_starts_when_nothing_is_compiled_any_more_and_counts_stay_on_t
         ("gpu", ["--data", "nowhere"], "--data nowhere does not exist"),
         ("throughput", [], "the following arguments are required: --data"),
         ("memory", ["--no_such_flag"], "--no_such_flag"),
-        ("trim_vocab", ["--vocab_size", "1024"], "--vocab_size 1024 is not 512 to 1,023"),
+        ("trim_vocab", ["--vocab_size", "1024"], "--vocab_size 1024 must be from 512 to 1,023"),
         ("generation", ["--checkpoint", "x"], "--checkpoint and --data belong together"),
     ],
 )

@@ -154,7 +154,7 @@ def test_killed_and_started_again_equals_never_interrupted(run, arguments, data,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert logged(whole) == logged(killed) and len(logged(whole)) == 36
-    assert "examples streamed from 2 files of " in printed and "36 steps" in printed
+    assert "examples streamed from 2 files, " in printed and "36 steps" in printed
     assert "60 rows read while training, 1 refused" in (whole / "README.md").read_text(encoding="utf-8")
     listed = [json.loads(line)["place"] for line in (killed / "data_report.jsonl").open(encoding="utf-8")]
     assert listed == [f"{held_out}:4", f"{data / 'conversations.jsonl'}:30"]

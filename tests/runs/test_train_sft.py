@@ -48,7 +48,8 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
     row_of = pack(lengths, length, seed=42)  # the Trainer's default seed
     packed = [[rows[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max() + 1)]
     assert logged(tmp_path) == pytest.approx(plain_losses(make_model(shape), 3 * packed), abs=1e-5)
-    assert f"{len(packed)} packed of up to 512 tokens, {lengths.sum() / len(packed) / length:.1%} full" in result.stdout
+    full = lengths.sum() / len(packed) / length
+    assert f"{len(packed)} sequences of up to 512 tokens, {full:.1%} full" in result.stdout
     assert (
         f"about {24 / len(packed):.0f} examples per step = {24 / len(packed):.1f} per sequence x 1 per device"
         in result.stdout
@@ -222,6 +223,6 @@ def test_a_finished_run_started_again_trains_no_step_more(run, make_model, data,
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
     (tmp_path / "model.safetensors").unlink()  # as if killed after the last checkpoint
     again = train(run, make_model("falcon-tiny"), data, tmp_path, *flags)
-    assert "has made all its 3 steps" in again.stdout and "in 3 steps; saved" in again.stdout
+    assert "is the last one: all 3 steps are done" in again.stdout and "in 3 steps; saved" in again.stdout
     assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
     AutoTokenizer.from_pretrained(tmp_path)

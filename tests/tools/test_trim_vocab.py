@@ -111,9 +111,9 @@ def test_what_is_saved_is_said_and_true(trim, make_model, few_rows, tmp_path):
     for task in [task for row in few_rows[1] for task in replies_of(row)]:
         occurring.update(tensors_of(task, tokenizer)[0][0].tolist())
     expected = [
-        f"tokens: {len(small_tokenizer):,} of 1,024; the data has {len(occurring):,} of them",
+        f"tokens: {len(small_tokenizer):,} of 1,024 kept; {len(occurring):,} occur in the data",
         f"parameters: {after:,} of {before:,}, {1 - after / before:.1%} fewer",
-        "the data is split into as many tokens",
+        "the data is split into as many tokens as before",
     ]
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert all(line in printed.splitlines() and f"- {line}\n" in card for line in expected)
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_cannot_write_bytes_is_refused(tmp_path):
     pieces = {name: number for number, name in enumerate([*BLOOM_SPECIAL_TOKENS, "a"])}
     backend = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="is a WordLevel that lacks bytes .*; expected a byte-level BPE"):
+    with pytest.raises(UserError, match="is a WordLevel that is not byte-level .*; expected a byte-level BPE"):
         state_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 

@@ -140,9 +140,9 @@ def test_each_fault_has_its_own_line(tmp_path: Path, damage: Callable[[Path], ob
     ("saved", "fault"),
     [
         (SHAPES, None),
-        ({}, "2 tensors are missing or too many, such as transformer.h.0.weight"),
-        ({"transformer.h.0.weight": (3, 4)}, "1 tensors are missing or too many, such as transformer.ln_f.weight"),
-        (SHAPES | {"lm_head.weight": (3, 4)}, "1 tensors are missing or too many, such as lm_head.weight"),
+        ({}, "2 tensors are missing or unexpected, such as transformer.h.0.weight"),
+        ({"transformer.h.0.weight": (3, 4)}, "1 tensors are missing or unexpected, such as transformer.ln_f.weight"),
+        (SHAPES | {"lm_head.weight": (3, 4)}, "1 tensors are missing or unexpected, such as lm_head.weight"),
         (SHAPES | {"transformer.h.0.weight": (4, 3)}, "transformer.h.0.weight has the shape (4, 3), not (3, 4)"),
         (SHAPES | {"transformer.ln_f.weight": (0,)}, "1 tensors are empty, such as transformer.ln_f.weight"),
     ],
@@ -200,7 +200,7 @@ def test_without_a_complete_one_nothing_is_left(tmp_path: Path):
     write_checkpoints(tmp_path, [], incomplete=[11])
     assert checkpoints.newest(str(tmp_path)) is None
     assert checkpoints.what_is_left(str(tmp_path)) == "there is no complete checkpoint"
-    assert checkpoints.where_to_restart(str(tmp_path)) == "no checkpoint was saved before it"
+    assert checkpoints.where_to_restart(str(tmp_path)) == "there is no complete checkpoint to start from"
 
 
 def finish(output_dir: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Path:
@@ -232,7 +232,7 @@ def test_wrong_weights_are_not_given_the_name_of_a_checkpoint(tmp_path: Path):
     written = files_in(fill(tmp_path / "unfinished" / "checkpoint-5"))
     with pytest.raises(UserError) as caught:
         finish(tmp_path, SHAPES | {"lm_head.weight": (3, 4)})
-    assert "was not saved correctly: 1 tensors are missing or too many, such as lm_head.weight" in str(caught.value)
+    assert "was not saved correctly: 1 tensors are missing or unexpected, such as lm_head.weight" in str(caught.value)
     assert f"{tmp_path}/checkpoint-4 is complete" in str(caught.value)
     assert steps_in(tmp_path) == [4]
     assert files_in(tmp_path / "unfinished" / "checkpoint-5") == written

@@ -147,6 +147,14 @@ def test_both_figures_are_in_the_message(tmp_path, monkeypatch, fields, said):
         disk.check_free(args_with(tmp_path, **fields), Schedule(100, 2.1), 3 * GIB // 2)
 
 
+@pytest.mark.parametrize(("limit", "advised"), [(None, True), (5, True), (2, False), (1, False)])
+def test_fewer_checkpoints_are_advised_where_that_makes_room(tmp_path, monkeypatch, limit, advised):
+    have_free(monkeypatch, 50 * 2**20)
+    with pytest.raises(UserError) as caught:
+        disk.check_free(args_with(tmp_path, save_total_limit=limit), Schedule(100, 1), GIB)
+    assert ("type --save_total_limit 2, or --save_only_model True," in str(caught.value)) == advised
+
+
 def test_room_that_checkpoints_have_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for step, size in ((9, GIB // 2), (10, GIB), (11, GIB)):
         write_checkpoint(tmp_path, step, size)
@@ -252,7 +260,7 @@ def test_too_little_room_is_refused_with_what_is_left(tmp_path: Path, monkeypatc
         disk.make_room(str(tmp_path), "checkpoint-10", 3 * GIB, 1, best=None)
     assert str(caught.value) == (
         f"checkpoint-10 needs about 3.0 GiB and {tmp_path} has 2.0 GiB free; {tmp_path}/checkpoint-9 is complete; free "
-        "the disk and type the same command again"
+        "disk space and type the same command again"
     )
     assert checkpoints.complete_steps(str(tmp_path)) == [9]
 
@@ -279,7 +287,7 @@ def test_a_full_disk_costs_only_the_one_being_written(disk_of_4_mib: Path, write
         write(unfinished)
     message = str(caught.value)
     assert message.startswith(f"checkpoint-2 cannot be written to {disk_of_4_mib}: ") and "\n" not in message
-    assert f"; {disk_of_4_mib}/checkpoint-1 is complete; free the disk" in message
+    assert f"; {disk_of_4_mib}/checkpoint-1 is complete; free disk space" in message
     assert names_in(disk_of_4_mib) == ["checkpoint-1"]
     assert checkpoints.complete_steps(str(disk_of_4_mib)) == [1]
 

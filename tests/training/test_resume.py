@@ -201,7 +201,14 @@ def test_settings_outlive_the_file_they_are_kept_in(make_args, columns, flags, t
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-MARKED = {"parameters": 100, "ZERO_STAGE": 0, "rows a step": 4, "--seed": 42, "--data_seed": None}
+MARKED = {
+    "parameters": 100,
+    "the examples' hash": "a1",
+    "ZERO_STAGE": 0,
+    "rows a step": 4,
+    "--seed": 42,
+    "--data_seed": None,
+}
 SETTINGS = RunSettings(
     **{each.name: MARKED.get(each.metadata["flag"]) for each in fields(RunSettings)},
 )
@@ -227,17 +234,24 @@ def test_a_run_with_the_same_settings_may_resume(tmp_path, state):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_parameters", 101), ("zero_stage", 2), ("seed", 43), ("data_seed", 1), ("sequences_per_step", 8)],
+    ("field", "value", "same"),
+    [
+        ("num_parameters", 101, "the same model"),
+        ("data_fingerprint", "other", "the same data"),
+        ("zero_stage", 2, "ZERO_STAGE 0"),
+        ("seed", 43, "--seed 42"),
+        ("data_seed", 1, "no --data_seed"),
+        ("sequences_per_step", 8, "as many rows a step"),
+    ],
 )
-def test_a_setting_that_differs_is_named_with_both_values(tmp_path, field, value):
+def test_a_setting_that_differs_is_named_with_both_values(tmp_path, field, value, same):
     folder = make_checkpoint(tmp_path, 2)
     [name] = [each.metadata["flag"] for each in fields(RunSettings) if each.name == field]
     with pytest.raises(UserError) as caught:
         check_settings(folder, replace(SETTINGS, **{field: value}))
     said = str(caught.value)
     assert said.startswith(f"{folder} was made with {name} {MARKED[name]}, and this command has {value}; ")
-    assert f"resume with {MARKED[name]}, or start a new run" in said
+    assert f"; resume with {same}, or start a new run" in said
     assert f"--model_name_or_path {folder} --output_dir ANOTHER" in said
 
 

@@ -80,7 +80,7 @@ def test_stage_2_refuses_what_it_cannot_offload(offload, folder, said):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_folder_for_nothing_that_is_offloaded_is_refused(stage):
-    with pytest.raises(UserError, match="^--offload_dir /nvme stays empty, since nothing is offloaded; type OFFLOAD="):
+    with pytest.raises(UserError, match="^--offload_dir /nvme would stay empty, since nothing is offloaded; type OFF"):
         read_configuration(shipped(stage), "none", "/nvme", False)
 
 
