@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What a warm program has imported: all that training and its launcher import sooner or later.
-WARM = ["train_sft", "sft.training.launch", "sft.chat.model", "sft.tools.export"]
+WARM = ["train_sft", "sft.training.launch", "sft.chat.model", "sft.tools.export", "sft.web.page"]
 WARM += ["deepspeed", "torch.distributed.run", "torch.profiler", "matplotlib.pyplot", "matplotlib.backends.backend_agg"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it; else what a test imports decides who starts warm
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

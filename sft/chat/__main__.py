@@ -28,8 +28,8 @@ def recall(chat: ChatModel, data: str, number: int) -> tuple[int, int]:
     from sft.data.formats import read_samples
     from sft.data.shards import find_shards
 
-    num_right = num_asked = 0
-    for num_asked, shard in enumerate(islice(find_shards(data), number), start=1):
+    num_right, shards = 0, list(islice(find_shards(data), number))
+    for shard in shards:
         row = next(read_samples(shard))
         print(f"\n问 | {row.instruction.strip()}" + (f"\n   | {row.input}" if row.input else ""))
         print("答 | ", end="", flush=True)
@@ -41,7 +41,7 @@ def recall(chat: ChatModel, data: str, number: int) -> tuple[int, int]:
         num_right += right
         judgement = "the trained answer, ended by itself" if right else f"NOT the trained answer: {row.output!r}"
         print(f"\n   | {judgement}")
-    return num_right, num_asked
+    return num_right, len(shards)
 
 
 def show(reply: Reply) -> str:

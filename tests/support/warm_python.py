@@ -23,7 +23,7 @@ def network() -> str:
 def is_warm(argv: list[str], settings: dict) -> bool:
     """Tell whether a server can run a program just as Python would."""
     project, at_start = settings["project"], settings["environment"]
-    is_ours = argv[:1] in (["train_sft.py"], [f"{project}/train_sft.py"])
+    is_ours = argv[:1] in (["train_sft.py"], [f"{project}/train_sft.py"], ["app.py"])
     is_ours |= argv[:1] == ["-m"] and argv[1].startswith(("sft.", "benchmarks."))
     if not is_ours or str(Path.cwd()) != project or network() != settings["network"]:
         return False
