@@ -33,7 +33,10 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
     "empty data folder": (lambda t, m: {"--data_path": (t / "empty")}, "contains no .json"),
     "unknown flag": (lambda t, m: {"--learnin_rate": "1"}, "type --learning_rate"),
     "value of the wrong type": (lambda t, m: {"--learning_rate": "fast"}, "--learning_rate"),
-    "flags that contradict": (lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"}, "do not fit"),
+    "flags that contradict": (
+        lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"},
+        "a flag cannot be used",
+    ),
     "folder without config.json": (lambda t, m: {"--model_name_or_path": t / "empty"}, "without config.json"),
     "model out of reach": (lambda t, m: {"--model_name_or_path": "nobody/nothing"}, "give the path of a downloaded"),
     "no causal language model": (

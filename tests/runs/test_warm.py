@@ -34,7 +34,7 @@ def test_only_programs_that_find_all_as_it_was_are_warm(monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     settings = {"project": str(PROJECT), "network": network(), "environment": dict(os.environ)}
     assert is_warm(["train_sft.py", "--x"], settings) and is_warm(["-m", "sft.chat"], settings)
-    assert not is_warm(["-c", "pass"], settings) and not is_warm(["app.py"], settings)
+    assert not is_warm(["-c", "pass"], settings) and not is_warm(["tests/run.py"], settings)
     assert not is_warm(["train_sft.py"], settings | {"network": "another host's"})
     monkeypatch.setenv("PYTHONPATH", sys.prefix)
     assert not is_warm(["train_sft.py"], settings)
