@@ -1,7 +1,7 @@
 #!/bin/sh
 # The linter and the tests:
 #   sh tests/run.sh                       all but the slow ones, in five minutes on two cores
-#   sh tests/run.sh --all                 every one, in twelve
+#   sh tests/run.sh --all                 every one, in ten
 #   sh tests/run.sh [pytest arguments]    those that the arguments select, slow or not
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
