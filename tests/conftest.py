@@ -5,6 +5,7 @@ No test needs a network or a GPU. Each worker keeps its models and caches in its
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 WARM = ["train_sft", "sft.training.launch", "sft.chat.model", "sft.tools.export", "sft.web.page"]
 WARM += ["deepspeed", "torch.distributed.run", "torch.profiler", "matplotlib.pyplot", "matplotlib.backends.backend_agg"]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it; else what a test imports decides who starts warm
 
