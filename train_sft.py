@@ -111,6 +111,7 @@ def make_data(
         cache_dir=training_args.cache_dir,
         dedup=data_args.dedup,
         num_workers=data_args.preprocessing_num_workers,
+        columns=data_args.reads_by,
     )
     samples, held_out, reports = None, None, {}
     if not data_args.streaming:
@@ -162,6 +163,7 @@ def stream(
         seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         rank=training_args.process_index,
         world_size=training_args.world_size,
+        columns=data_args.reads_by,
     )
 
 

@@ -82,9 +82,9 @@ def chat_instruction(system: str, history: Sequence[tuple[str, str]], question: 
 
 
 def write_turn(turn: tuple[str, str]) -> str:
-    """Return a question and its reply as they appear in the history of a conversation."""
+    """Return a question and its reply as they appear in the history; an opening by the assistant has no question."""
     question, reply = turn
-    return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n"
+    return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n" if question else f"{ASSISTANT}{reply}\n"
 
 
 def split_system(messages: Sequence[dict[str, str]]) -> tuple[str, Sequence[dict[str, str]]]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,9 +25,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts
-from sft.data import encode, formats, json_stream, shards
+from sft.data import columns as columns_module
+from sft.data import encode, formats, json_stream, shards, texts, turns
+from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import Encoder, Example
-from sft.data.formats import Sample, Shape
+from sft.data.formats import Sample
 from sft.data.shards import Block, Refused
 from sft.data.workers import KilledWorkerError, workers
 from sft.program import UserError, one_line
@@ -58,7 +60,7 @@ class Counts:
     conversations: int = 0  # kept ones with several replies
     num_bytes: int = 0
     unread_bytes: int = 0
-    files: list[dict[str, str]] = field(default_factory=list)  # "file", "form", "encoding" and "shape" of each
+    files: list[dict] = field(default_factory=list)  # see `new_file`
 
 
 @dataclass
@@ -71,6 +73,9 @@ class Encoded:
     num_refused: int
     num_conversations: int
     unread_bytes: int
+    shapes: Counter[str]  # rows by the keys they were read from
+    remarks: Counter[str]
+    refused: dict[str, list]  # by kind: number, place and reason of the first
 
 
 def tokenised(
@@ -78,13 +83,14 @@ def tokenised(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str | None = None,
     num_workers: int | None = None,
+    columns: Columns = BY_NAME,
 ) -> Path:
     """Return the folder under `cache_dir` with the tokenised rows of `files`; make it if it does not exist.
 
     Its name is a hash of files, tokenizer, length and this code. Of processes that start together one makes it and the
     others wait. It is written under another name first, so that a killed process never leaves half of one.
     """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "tokenised", fingerprint(files, tokenizer))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "tokenised", fingerprint(files, tokenizer, columns))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
@@ -93,7 +99,7 @@ def tokenised(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
                 before = state_of(files)
-                write(unfinished, files, Encoder(tokenizer), num_workers or num_cores())
+                write(unfinished, files, Encoder(tokenizer), num_workers or num_cores(), columns)
                 if state_of(files) != before:
                     raise UserError("a file changed while it was being tokenised; run again once nothing writes to it")
                 for file in unfinished.iterdir():
@@ -124,18 +130,13 @@ def _locked(path: Path) -> FileLock:
         return lock.acquire()
 
 
-def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 32 hexadecimal digits that change with the files, the tokenizer and the code that reads them."""
+def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, columns: Columns = BY_NAME) -> str:
+    """Return 32 hexadecimal digits that change with the files, the tokenizer, the columns and the code that reads."""
     hashed = hashlib.sha256(state_of(files).encode(errors="backslashreplace"))
-    for module in (
-        __file__,
-        json_stream.__file__,
-        prompts.__file__,
-        formats.__file__,
-        shards.__file__,
-        encode.__file__,
-    ):
-        hashed.update(Path(module).read_bytes())
+    for module in (json_stream, prompts, formats, shards, encode, texts, turns, columns_module):
+        hashed.update(Path(module.__file__).read_bytes())
+    hashed.update(Path(__file__).read_bytes())
+    hashed.update(repr((columns.by_hand, sorted(columns.ignored), columns.trains_empty_outputs)).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
     hashed.update(f"{tokenizer.eos_token_id} {tokenizer.model_max_length}".encode())
     return hashed.hexdigest()[:32]
@@ -161,12 +162,13 @@ def lengths_of(examples: datasets.Dataset, name: str = "length") -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: int) -> None:
+def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: int, columns: Columns = BY_NAME) -> None:
     """Tokenise `files` in `num_workers` processes and write rows, notes and counts into `folder`, in file order."""
     sizes = list(map(shards.size_of, files))
     counts = Counts(num_bytes=sum(sizes))
     alone = num_workers < 2 or counts.num_bytes < ALONE_BYTES
-    encoded = _encode_here(files, encoder, counts) if alone else _encode_apart(files, encoder, counts, num_workers)
+    blocks = _blocks(files, counts)
+    encoded = _encode_here(blocks, encoder, columns) if alone else _encode_apart(blocks, encoder, columns, num_workers)
     before = [0, *accumulate(sizes)]
     bar = tqdm(desc="tokenising", total=counts.num_bytes, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
     with (
@@ -182,6 +184,7 @@ def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: in
             counts.refused += block.num_refused
             counts.conversations += block.num_conversations
             counts.unread_bytes += block.unread_bytes
+            _add(counts.files[number], block)
             for note in block.notes:
                 counts.cut += note["note"].startswith("cut")
                 notes.write(json.dumps(note, ensure_ascii=False) + "\n")
@@ -191,38 +194,54 @@ def write(folder: Path, files: Sequence[Path], encoder: Encoder, num_workers: in
     (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
 
 
-def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block, Shape | None]]:
-    """Yield every block of all files with its file's number and shape; list the files in `counts`."""
+def new_file(file: Path) -> dict:
+    """Return what is known of a file before it is read: how it is written, and its rows by shape, remark and refusal.
+
+    "refused" holds, by kind of reason, how many there are, and place and reason of the first.
+    """
+    return {"file": str(file), "form": "lines", "encoding": "utf-8", "shapes": {}, "remarks": {}, "refused": {}}
+
+
+def _add(file: dict, block: Encoded) -> None:
+    """Add what a block has to what is known of its file."""
+    for name in ("shapes", "remarks"):
+        for text, number in getattr(block, name).items():
+            file[name][text] = file[name].get(text, 0) + number
+    for kind, (number, place, reason) in block.refused.items():
+        file["refused"].setdefault(kind, [0, place, reason])[0] += number
+
+
+def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block]]:
+    """Yield every block of all files with its file's number; list the files in `counts`."""
     for number, file in enumerate(files):
-        is_noted, noted = False, {"file": str(file), "form": "lines", "encoding": "utf-8", "shape": "empty"}
-        counts.files.append(noted)
-        for block, shape in formats.read_shaped(file):
-            if not is_noted:
-                noted |= {"form": block.form, "encoding": block.encoding, "shape": shape.name if shape else "unknown"}
-                is_noted = shape is not None  # the first block may hold no row
-            yield number, block, shape
+        counts.files.append(new_file(file))
+        for block in shards.read_blocks(file):
+            counts.files[number] |= {"form": block.form, "encoding": block.encoding}
+            yield number, block
 
 
-def _encode_here(files: Sequence[Path], encoder: Encoder, counts: Counts) -> Iterator[tuple[int, int, Encoded]]:
-    for number, block, shape in _blocks(files, counts):
-        yield number, block.position, encode_block(encoder, number, block, shape)
+def _encode_here(
+    blocks: Iterator[tuple[int, Block]], encoder: Encoder, columns: Columns
+) -> Iterator[tuple[int, int, Encoded]]:
+    for number, block in blocks:
+        yield number, block.position, encode_block(encoder, columns, number, block)
 
 
 def _encode_apart(
-    files: Sequence[Path], encoder: Encoder, counts: Counts, num_workers: int
+    blocks: Iterator[tuple[int, Block]], encoder: Encoder, columns: Columns, num_workers: int
 ) -> Iterator[tuple[int, int, Encoded]]:
     """Encode blocks in worker processes, a few blocks ahead of the writing, and yield them in order."""
-    waiting: deque[tuple[int, Block, Shape | None, Future]] = deque()
+    waiting: deque[tuple[int, Block, Future]] = deque()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core's
     try:
-        with workers(num_workers, encode_block, encoder) as submit:
-            for number, block, shape in _blocks(files, counts):
-                waiting.append((number, block, shape, submit(number, block, shape)))
+        with workers(num_workers, encode_block, encoder, columns) as submit:
+            for number, block in blocks:
+                waiting.append((number, block, submit(number, block)))
                 if len(waiting) > 2 * num_workers:
-                    yield _result(encoder, *waiting.popleft())
+                    yield _result(encoder, columns, *waiting.popleft())
             while waiting:
-                yield _result(encoder, *waiting.popleft())
+                yield _result(encoder, columns, *waiting.popleft())
     except KilledWorkerError:
         raise UserError(
             f"one of {num_workers} tokenising processes was killed, most likely because memory ran out; use fewer with "
@@ -234,13 +253,11 @@ def _encode_apart(
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
-def _result(
-    encoder: Encoder, number: int, block: Block, shape: Shape | None, future: Future
-) -> tuple[int, int, Encoded]:
+def _result(encoder: Encoder, columns: Columns, number: int, block: Block, future: Future) -> tuple[int, int, Encoded]:
     try:
         return number, block.position, future.result()
     except RecursionError:  # values nested too deeply to be sent to a process
-        return number, block.position, encode_block(encoder, number, block, shape)
+        return number, block.position, encode_block(encoder, columns, number, block)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -259,9 +276,9 @@ def _without_collector() -> Iterator[None]:
 
 
 @_without_collector()
-def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None) -> Encoded:
-    """Tokenise a block of shard number `file`, whose rows have `shape`."""
-    found = list(formats.samples_of(block, shape))
+def encode_block(encoder: Encoder, columns: Columns, file: int, block: Block) -> Encoded:
+    """Tokenise a block of shard number `file`, its records read by `columns`."""
+    found = list(formats.samples_of(block, columns))
     kept = [(number, sample) for number, sample in found if isinstance(sample, Sample)]
     refused = [(number, sample) for number, sample in found if isinstance(sample, Refused)]
     notes = [(number, {"place": each.place, "note": f"refused: {each.reason}"}) for number, each in refused]
@@ -270,22 +287,26 @@ def encode_block(encoder: Encoder, file: int, block: Block, shape: Shape | None)
         arrow_rows += _arrow_rows(sample, examples, encoder.max_length, file, number)
         if cut := dict.fromkeys(filter(None, (sample.note, *(example.note for example in examples)))):
             notes.append((number, {"place": sample.place, "note": "; ".join(cut)}))
-    columns = {name: [row[name] for row in arrow_rows] for name in SCHEMA.names}
+    firsts: dict[str, list] = {}
+    for _, each in refused:
+        firsts.setdefault(each.kind or each.reason, [0, each.place, each.reason])[0] += 1
     return Encoded(
-        batch=pa.record_batch(columns, schema=SCHEMA),
+        batch=pa.record_batch({name: [row[name] for row in arrow_rows] for name in SCHEMA.names}, schema=SCHEMA),
         notes=[note for _, note in sorted(notes, key=lambda numbered: numbered[0])],
         num_rows=len(found),
         num_refused=len(refused),
         num_conversations=sum(bool(sample.history) for _, sample in kept),
         unread_bytes=sum(each.num_bytes for _, each in refused),
+        shapes=Counter(sample.shape for _, sample in kept),
+        remarks=Counter(chain.from_iterable(sample.remarks for _, sample in kept)),
+        refused=firsts,
     )
 
 
 def _arrow_rows(sample: Sample, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
     """Yield the Arrow rows of a sample: several if its examples do not fit into one."""
-    text = json.dumps(
-        [sample.system, sample.history, sample.instruction, sample.input, sample.output], ensure_ascii=False
-    )
+    parts = (sample.system, sample.history, sample.instruction, sample.input, sample.output, sample.untrained)
+    text = json.dumps(parts, ensure_ascii=False)
     for part, together in enumerate(encode.group(examples, max_length)):
         lengths = [len(ids) for example in together for ids in (example.prompt, example.answer)]
         yield {

@@ -71,6 +71,8 @@ class Encoder:
         firsts = self._first_turns(samples)
         for number, sample in enumerate(samples):
             for last, first in enumerate(firsts[number]):
+                if last in sample.untrained:
+                    continue
                 turns.append(_turn(sample, first, last))
                 owners.append((number, first, last))
         all_prompts = self._encode_prompts(turns)

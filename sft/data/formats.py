@@ -1,36 +1,43 @@
-"""Samples: questions and answers, taken from records in any of the common shapes."""
+"""Samples: questions and answers, taken from records whose keys have the names that people give them."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from reprlib import Repr
 
+from sft.data.columns import (
+    BAD,
+    BY_NAME,
+    MESSAGES,
+    NOT_READ,
+    Columns,
+    ColumnsError,
+    Layout,
+    layout_of,
+    missing,
+    name_of,
+    quoted,
+)
 from sft.data.json_stream import RepeatedKeys
-from sft.data.shards import SHAPE, Block, Refused, place_of, read_blocks, records_of
+from sft.data.shards import Block, Refused, place_of, read_blocks, records_of
+from sft.data.texts import RefusedError, brief, text_of
+from sft.data.turns import TEXT_KEYS, Talk, read_talk
 from sft.program import UserError
 from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 
-NUM_SAMPLED = 100  # first records with a known shape, which decide the file's shape
-MAX_CHARACTERS = 1_000_000  # in a prompt or an answer, some hundred times what a model reads
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
-    "system": "system",
-}
-BRIEF = Repr()  # shortens values of any size and depth
-BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
+NO_VALUE = (None, "", [], {}, "[]", "{}")  # as good as no key at all
+IMAGE = "<image>"  # stands in a text where a picture was
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One task, or one conversation whose last question and reply are `instruction` and `output`.
 
-    `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; `note`
-    says what was omitted.
+    `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; a pair
+    of `history` with an empty question is an opening by the assistant; `untrained` are the numbers of the replies that
+    are read and not trained; `note` says what was omitted. `shape` is the keys it was read from, and `remarks` is what
+    the report counts.
     """
 
     instruction: str
@@ -40,6 +47,9 @@ class Sample:
     history: tuple[tuple[str, str], ...] = ()
     system: str = ""
     note: str = ""
+    untrained: tuple[int, ...] = ()
+    shape: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -47,199 +57,175 @@ class Sample:
         return build_prompt(chat_instruction(self.system, self.history, self.instruction), self.input)
 
 
-class _RefusedError(Exception):
-    """A record is not a valid sample; the message says why."""
+# ------------------------------------------------------------------------------------------------------------- records
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A shape with a key for the question, one for the answer, and perhaps one for the question's input."""
-
-    instruction: str
-    output: str
-    input: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Return the keys, for people."""
-        return "/".join(filter(None, (self.instruction, self.input, self.output)))
-
-    @property
-    def keys(self) -> set[str]:
-        """Return the keys that this shape reads."""
-        return set(filter(None, (self.instruction, self.input, self.output)))
-
-    def fits(self, record: dict) -> bool:
-        """Tell whether a record has both required keys."""
-        return self.instruction in record and self.output in record
-
-    def read(self, record: dict, place: str) -> Sample:
-        """Return the sample of a record; a null or missing input, system or history counts as empty."""
-        for key in (self.instruction, self.output):
-            if key not in record:
-                raise _RefusedError(f'no "{key}", which the first rows of the file have; found {_keys(record)}')
-        instruction, output = (_text(record[key], key) for key in (self.instruction, self.output))
-        input = _text_or_none(record, self.input) if self.input else ""
-        system = _text_or_none(record, "system")
-        history = _pairs(record.get("history"))
-        if not (instruction.strip() or input.strip()):
-            raise _RefusedError(f'the "{self.instruction}" is empty')
-        if not output.strip():
-            raise _RefusedError(f'the "{self.output}" is empty')
-        if not (input or history or system):
-            history, instruction = split_history(instruction)
-        if input and (history or system):  # only the template of a single task has a place for an input
-            instruction, input = f"{instruction}\n{input}", ""
-        return Sample(instruction, input, output, place, history, f"{system}\n" if system else "")
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A shape with a list of turns, each with a key for the speaker and one for the text."""
-
-    turns: str
-    role: str
-    content: str
-
-    @property
-    def name(self) -> str:
-        """Return the keys, for people."""
-        return f"{self.turns} of {self.role}/{self.content}"
-
-    @property
-    def keys(self) -> set[str]:
-        """Return the keys that this shape reads."""
-        return {self.turns}
-
-    def fits(self, record: dict) -> bool:
-        """Tell whether a record has turns, the first of them with a speaker."""
-        turns = record.get(self.turns)
-        return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and self.role in turns[0]
-
-    def read(self, record: dict, place: str) -> Sample:
-        """Return the sample of a record: an optional system turn, then alternating questions and replies."""
-        if not isinstance(turns := record.get(self.turns), list):
-            raise _RefusedError(f'no "{self.turns}" list, which the first rows of the file have; found {_keys(record)}')
-        said = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
-        system = f"{said.pop(0)[1]}\n" if said and said[0][0] == "system" else ""
-        is_open = bool(said) and said[-1][0] == "user"
-        *history, (question, reply) = _alternating(said, len(said) - is_open)
-        note = "cut: the last turn, a question without a reply" if is_open else ""
-        return Sample(question, "", reply, place, tuple(history), system, note)
-
-    def _turn(self, turn: object, number: int) -> tuple[str, str]:
-        if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
-            raise _RefusedError(f'turn {number} lacks "{self.role}" or "{self.content}": {BRIEF.repr(turn)}')
-        if isinstance(turn, RepeatedKeys):
-            raise _RefusedError(f"turn {number} repeats a key")
-        role = turn[self.role]
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise _RefusedError(
-                f'turn {number} has the role {BRIEF.repr(role)}; expected "user", "assistant" or "system"'
-            )
-        return ROLES[role.lower()], _text(turn[self.content], f"{self.content} of turn {number}")
-
-
-def _alternating(said: list[tuple[str, str]], number: int) -> list[tuple[str, str]]:
-    """Return the first `number` turns, of role and text, as pairs of a question and its reply."""
-    roles = [role for role, _ in said]
-    if not number or roles[:number] != ["user", "assistant"] * (number // 2):
-        order = BRIEF.repr(roles) if number else "no question with a reply"
-        raise _RefusedError(f"turns must alternate between user and assistant, user first; found {order}")
-    texts = [text for _, text in said[:number]]
-    if not all(text.strip() for text in texts):
-        raise _RefusedError("a turn is empty")
-    return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-SHAPES = (
-    Turns("messages", "role", "content"),
-    Turns("conversations", "from", "value"),
-    Turns("conversations", "role", "content"),
-    Turns("conversation", "from", "value"),
-    Turns("conversation", "role", "content"),
-    Pair("instruction", "output", "input"),
-    Pair("instruction", "response", "context"),
-    Pair("prompt", "response"),
-    Pair("prompt", "completion"),
-    Pair("prompt", "output"),
-    Pair("question", "answer"),
-    Pair("question", "response"),
-    Pair("query", "response"),
-    Pair("query", "answer"),
-    Pair("input", "target"),
-    Pair("input", "output"),
-)
-Shape = Pair | Turns
-# Shapes that read all keys of another and more, which a record of theirs would lose if read as the other.
-FULLER = {shape: [other for other in SHAPES if shape.keys < other.keys] for shape in SHAPES}
-
-
-def find_shape(block: Block) -> Shape | None:
-    """Return the commonest shape of the first records that have a known one; None if no record of the block has."""
-    records = (value for _, value in records_of(block) if isinstance(value, dict))
-    counted = Counter(chain.from_iterable(islice(filter(None, map(_shapes_of, records)), NUM_SAMPLED)))
-    return max(SHAPES, key=counted.__getitem__) if counted else None
-
-
-def _shapes_of(record: dict) -> list[Shape]:
-    """Return the shapes that a record has, without those that ignore a key that another reads."""
-    fitting = [shape for shape in SHAPES if shape.fits(record)]
-    return [shape for shape in fitting if not any(other in fitting for other in FULLER[shape])]
-
-
-def to_sample(value: object, shape: Shape | None, place: str) -> Sample | Refused:
+def to_sample(value: object, place: str, columns: Columns = BY_NAME) -> Sample | Refused:
     """Return a record as a sample, or why it is not one."""
     if isinstance(value, Refused):
         return value
     try:
-        if not isinstance(value, dict):
-            raise _RefusedError(f"a JSON {type(value).__name__}; expected an object")
-        if isinstance(value, RepeatedKeys):
-            raise _RefusedError(f"a key appears twice among {_keys(value)}")
-        if shape is None:
-            raise _RefusedError(f"of no known shape, with {_keys(value)}; expected keys such as {SHAPE}")
-        if fuller := next((other for other in FULLER[shape] if other.fits(value)), None):
-            raise _RefusedError(f"of the shape {fuller.name}, but the first rows of the file are of {shape.name}")
-        return shape.read(value, place)
-    except _RefusedError as error:
+        return _sample(_record(value), place, columns)
+    except ColumnsError as error:
         return Refused(place, str(error))
+    except RefusedError as error:
+        return Refused(place, str(error), kind=error.kind)
 
 
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise _RefusedError(f'"{name}" is {BRIEF.repr(value)}; expected a string')
-    if len(value) > MAX_CHARACTERS:
-        raise _RefusedError(f'"{name}" has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        broken = value[error.start]
-        raise _RefusedError(f'"{name}" contains {broken!a}, a broken character or a byte that is not UTF-8') from None
+def _record(value: object) -> dict:
+    """Return a record as an object: a list may hold one object, or the turns of a conversation."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return _record(value[0])
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    if not isinstance(value, dict):
+        raise RefusedError(f"a JSON {type(value).__name__}; expected an object")
+    if isinstance(value, RepeatedKeys):
+        raise RefusedError("a key appears twice", quoted(sorted(map(str, value))))
     return value
 
 
-def _text_or_none(record: dict, key: str) -> str:
-    return "" if record.get(key) is None else _text(record[key], key)
+def _sample(record: dict, place: str, columns: Columns) -> Sample:
+    keys = [key for key, value in record.items() if value not in NO_VALUE]
+    plain = [key for key in keys if key in MESSAGES and not isinstance(record[key], list | dict)]  # such as a date
+    layout = layout_of(tuple(key for key in keys if key not in plain), columns)
+    remarks = [f"{NOT_READ}{key}" for key in (*layout.unread, *plain, *_check_verdicts(record, layout))]
+    system = text_of(record[layout.system], layout.system) if layout.system else ""
+    talk = _talk(record, layout)
+    if talk:
+        sample = _from_talk(talk, record, layout, system, place)
+        remarks += talk.remarks
+    else:
+        sample = _from_pair(record, layout, system, place, columns)
+        if not sample.output.strip():
+            remarks.append("empty output, trained as an answer of nothing")
+    if IMAGE in sample.instruction or IMAGE in sample.input or any(IMAGE in question for question, _ in sample.history):
+        raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
+    history = (*talk.remarks, *sample.remarks) if talk else sample.remarks
+    return replace(sample, shape="/".join(layout.keys), remarks=tuple(dict.fromkeys([*remarks, *history])))
 
 
-def _pairs(history: object) -> tuple[tuple[str, str], ...]:
-    """Return the earlier turns of a record, given as a list of [question, reply]."""
-    if not history:
-        return ()
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise _RefusedError(f'"history" is {BRIEF.repr(history)}; expected a list of [question, reply]')
-    pairs = tuple((_text(question, "history"), _text(reply, "history")) for question, reply in history)
-    if not all(text.strip() for pair in pairs for text in pair):
-        raise _RefusedError('a turn in the "history" is empty')
-    return pairs
+def _check_verdicts(record: dict, layout: Layout) -> list[str]:
+    """Refuse a record that says that its answer is a bad one; return the keys that say something else."""
+    for key in layout.verdicts:
+        if record[key] is (name_of(key) in BAD):
+            raise RefusedError(f'"{key}" is {str(record[key]).lower()}: the answer is marked as a bad one')
+    return [key for key in layout.verdicts if not isinstance(record[key], bool)]
 
 
-def _keys(record: dict) -> str:
-    return BRIEF.repr(sorted(map(str, record)))
+def _talk(record: dict, layout: Layout) -> Talk | None:
+    """Return the conversation of a record; None if it is one question and answer."""
+    question, answer = (record[key] if key else None for key in (layout.messages or layout.instruction, layout.output))
+    if layout.messages is None and not isinstance(question, list) and not (_are_turns(answer) and answer[1:]):
+        return None
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question or []
+    if answer is not None and isinstance(turns, list):
+        turns = _followed(turns, answer)
+    talk = read_talk(turns, layout.messages or layout.instruction or layout.output)
+    texts = [text for pair in talk.pairs for text in pair]
+    own = (layout.history, layout.input, *layout.options) if layout.messages is None else ()
+    for key in (*layout.beside, *filter(None, own)):
+        if not any(record[key] == text for text in texts):
+            turns_key = layout.messages or layout.instruction or layout.output
+            raise RefusedError(
+                f'"{key}" and the turns of "{turns_key}" are both there; type --ignore_columns {key}, or '
+                "--columns instruction=KEY,output=KEY"
+            )
+    return talk
+
+
+def _are_turns(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _followed(turns: list, answer: object) -> list:
+    """Return turns with the answer that follows them: a text, a turn, or turns, which may begin with the same ones."""
+    if isinstance(answer, dict):
+        return [*turns, answer]
+    if isinstance(answer, list):
+        begins_alike = [list(each.values()) for each in turns] == [list(each.values()) for each in answer[: len(turns)]]
+        return answer if begins_alike else [*turns, *answer]
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+def _from_talk(talk: Talk, record: dict, layout: Layout, system: str, place: str) -> Sample:
+    if system and talk.system and system.strip() != talk.system.strip():
+        raise RefusedError(
+            f'"{layout.system}" and the first turn are two system texts; type --ignore_columns {layout.system}'
+        )
+    system = system or talk.system
+    *history, (question, reply) = talk.pairs
+    return Sample(
+        question, "", reply, place, tuple(history), f"{system}\n" if system else "", talk.note, talk.untrained
+    )
+
+
+def _from_pair(record: dict, layout: Layout, system: str, place: str, columns: Columns) -> Sample:
+    """Return the sample of one question and answer, with an input, a system text and a history where it has them."""
+    if layout.instruction is None:
+        raise RefusedError(missing(layout, [key for key in record if record[key] not in NO_VALUE], "instruction"))
+    instruction = text_of(record[layout.instruction], layout.instruction)
+    input = _input(record[layout.input], layout.input) if layout.input else ""
+    output = _answer(record[layout.output], layout.output) if layout.output else _empty_output(record, layout, columns)
+    past = read_talk(record[layout.history], layout.history, is_whole=False) if layout.history else None
+    if past and past.note:
+        raise RefusedError(f'"{layout.history}" ends with a question without a reply')
+    if not instruction.strip() and not input.strip():
+        raise RefusedError(f'the "{layout.instruction}" is empty')
+    if not output.strip() and not columns.trains_empty_outputs:
+        raise RefusedError(f'the "{layout.output}" is empty; --empty_output train trains it')
+    history = past.pairs if past else ()
+    if past and past.system:
+        system = system or past.system
+    for number, text in enumerate(_options(record, layout)):
+        instruction += f"\n{chr(ord('A') + number)}. {text}"
+    if not (input or history or system):
+        history, instruction = split_history(instruction)
+    if input and (history or system):  # only the template of a single task has a place for an input
+        instruction, input = f"{instruction}\n{input}", ""
+    untrained, remarks = (past.untrained, past.remarks) if past else ((), ())
+    system = f"{system}\n" if system else ""
+    return Sample(instruction, input, output, place, history, system, "", untrained, "", remarks)
+
+
+def _empty_output(record: dict, layout: Layout, columns: Columns) -> str:
+    """Return "" for an output that is there and empty, if such ones are trained."""
+    empty = [key for key in record if record[key] in (None, "") and layout_of((key,), columns).output == key]
+    if not empty:
+        raise RefusedError(missing(layout, [key for key in record if record[key] not in NO_VALUE], "output"))
+    if not columns.trains_empty_outputs or record[empty[0]] is None:
+        what = "empty; --empty_output train trains it" if record[empty[0]] == "" else "null"
+        raise RefusedError(f'the "{empty[0]}" is {what}')
+    return ""
+
+
+def _answer(value: object, key: str) -> str:
+    """Return an answer, which preference data may write as one turn."""
+    if isinstance(value, list) and len(value) == 1:
+        [value] = value
+    if isinstance(value, dict):
+        value = next((value[key] for key in TEXT_KEYS if key in value), value)
+    return text_of(value, key)
+
+
+def _input(value: object, key: str) -> str:
+    """Return an input; several texts, such as passages, are one below the other."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "\n".join(text_of(each, key) for each in value)
+    return text_of(value, key)
+
+
+def _options(record: dict, layout: Layout) -> list[str]:
+    """Return the texts of a multiple-choice question."""
+    if not layout.options:
+        return []
+    values = [record[key] for key in layout.options]
+    if len(values) == 1 and name_of(layout.options[0]) not in ("a", "b"):
+        [value] = values
+        values = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise RefusedError(f'"{layout.options[0]}" is not a list of options', brief(record[layout.options[0]]))
+    return [text_of(each, layout.options[0]) for each in values]
 
 
 def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
@@ -261,32 +247,24 @@ def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_shaped(shard: Path) -> Iterator[tuple[Block, Shape | None]]:
-    """Yield the blocks of a shard, each with the shape that the first records decide; None until one has a shape."""
-    shape = None
-    for block in read_blocks(shard):
-        shape = shape or find_shape(block)
-        yield block, shape
-
-
-def samples_of(block: Block, shape: Shape | None) -> Iterator[tuple[int, Sample | Refused]]:
+def samples_of(block: Block, columns: Columns = BY_NAME) -> Iterator[tuple[int, Sample | Refused]]:
     """Yield the line or index of each record of a block and its sample, then the fault that ends it, if any."""
     for number, value in records_of(block):
-        yield number, to_sample(value, shape, place_of(block.shard, block.form, number))
+        yield number, to_sample(value, place_of(block.shard, block.form, number), columns)
     if block.fault:
         yield block.start + len(block.records), block.fault
 
 
-def read_all(shard: Path) -> Iterator[Sample | Refused]:
+def read_all(shard: Path, columns: Columns = BY_NAME) -> Iterator[Sample | Refused]:
     """Yield each sample of a shard, in file order, or why it is refused."""
-    for block, shape in read_shaped(shard):
-        for _, sample in samples_of(block, shape):
+    for block in read_blocks(shard):
+        for _, sample in samples_of(block, columns):
             yield sample
 
 
-def read_samples(shard: Path) -> Iterator[Sample]:
+def read_samples(shard: Path, columns: Columns = BY_NAME) -> Iterator[Sample]:
     """Yield the samples of a shard; raise UserError on the first that is refused."""
-    for sample in read_all(shard):
+    for sample in read_all(shard, columns):
         if isinstance(sample, Refused):
             raise UserError(f"{sample.place}: {sample.reason}; fix or remove it")
         yield sample

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import cache
 from sft.data.cache import Counts, lengths_of
+from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import check_length
 from sft.data.report import DataReport
 from sft.data.shards import find_shards
@@ -21,16 +22,17 @@ def load_examples(
     flag: str = "--data_path",
     dedup: bool = False,
     num_workers: int | None = None,
+    columns: Columns = BY_NAME,
 ) -> tuple[Dataset, DataReport]:
     """Return the rows at `path` tokenised, and the report on them.
 
     The data set is the Arrow file that `sft.data.cache` keeps under `cache_dir`, mapped into memory; `dedup` drops
-    repeated rows. Raises UserError, naming the `flag` that gave the path, if there are no files, or if
-    `tokenizer.model_max_length` is too short.
+    repeated rows, and `columns` says how records are read. Raises UserError, naming the `flag` that gave the path, if
+    there are no files, or if `tokenizer.model_max_length` is too short.
     """
     files = find_shards(path, flag)
     check_length(tokenizer)
-    folder = cache.tokenised(files, tokenizer, cache_dir, num_workers)
+    folder = cache.tokenised(files, tokenizer, cache_dir, num_workers, columns)
     report = DataReport(Counts(**json.loads((folder / cache.COUNTS).read_text(encoding="utf-8"))), folder / cache.NOTES)
     if not report.counts.kept:
         return Dataset.from_list([]), report

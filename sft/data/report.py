@@ -2,15 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from sft.data.cache import Counts
-from sft.data.shards import NUM_NAMED, SHAPE, place_of
+from sft.data.columns import NOT_READ
+from sft.data.shards import NUM_NAMED, SHAPE, place_of, printable
 
 NOTES = "data_report.jsonl"  # in the output folder
 
@@ -66,25 +66,69 @@ class DataReport:
             yield from (entry for entry in map(json.loads, lines) if entry["place"] not in first_of)
         yield from ({"place": place, "note": f"duplicate: of {first}"} for place, first in first_of.items())
 
-    def refused(self, number: int) -> list[dict[str, str]]:
-        """Return the entries of the first `number` refused rows."""
-        return list(islice((entry for entry in self.entries() if entry["note"].startswith("refused")), number))
-
     def _place(self, file: int, row: int) -> str:
         return place_of(Path(self.counts.files[file]["file"]), self.counts.files[file]["form"], row)
 
 
 def print_data(name: str, report: DataReport) -> None:
-    """Print what became of the rows, their shapes and encodings, and the first that were refused."""
+    """Print what became of the rows: their shapes and encodings, what was noted, and what was refused and why."""
     print(f"{name:9}{report.line()}")
-    files = Counter((file["shape"], file["form"], file["encoding"]) for file in report.counts.files)
-    for (shape, form, encoding), number in files.most_common(NUM_NAMED):
+    _print_some("shape", _shapes(report.counts.files))
+    _print_some("noted", _noted(report.counts.files))
+    _print_some("refused", _refused(report.counts.files))
+
+
+def _print_some(name: str, lines: list[str]) -> None:
+    for line in lines[:NUM_NAMED]:
+        print(f"{name:9}{line}")
+    if len(lines) > NUM_NAMED:
+        print(f"{name:9}{len(lines) - NUM_NAMED:,} more lines like these")
+
+
+def _shapes(files: Sequence[dict]) -> list[str]:
+    """Return how many files have rows of which keys, form and encoding."""
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for file in files:
+        shape = " and ".join(_main_shapes(file["shapes"])) or ("unknown" if file["refused"] else "empty")
+        kinds[shape, file["form"], file["encoding"]] += 1
+    lines = []
+    for (shape, form, encoding), number in kinds.most_common():
         notice = "" if encoding == "utf-8" else f", read as {encoding}, not as UTF-8"
-        print(f"{'shape':9}{shape} in {number:,} {'file' if number == 1 else 'files'} ({form}{notice})")
-    for entry in report.refused(NUM_NAMED):
-        print(f"{'refused':9}{entry['place']}: {entry['note'].removeprefix('refused: ')}")
-    if (left := report.counts.refused - NUM_NAMED) > 0:
-        print(f"{'refused':9}{left:,} more")
+        lines.append(f"{shape} in {number:,} {'file' if number == 1 else 'files'} ({form}{notice})")
+    return lines
+
+
+def _main_shapes(shapes: dict[str, int]) -> list[str]:
+    """Return the shapes, the commonest first, without those whose keys another one has all of."""
+    by_number = sorted(shapes, key=shapes.get, reverse=True)
+    return [
+        shape for shape in by_number if not any(set(shape.split("/")) < set(other.split("/")) for other in by_number)
+    ]
+
+
+def _noted(files: Sequence[dict]) -> list[str]:
+    """Return, a line per file, how many rows have keys that are not read, joined turns, or replies without training."""
+    lines = []
+    for file in files:
+        unread = [
+            f"{remark.removeprefix(NOT_READ)} in {number:,} {'row' if number == 1 else 'rows'}"
+            for remark, number in file["remarks"].items()
+            if remark.startswith(NOT_READ)
+        ]
+        others = [f"{number:,} x {r}" for r, number in file["remarks"].items() if not r.startswith(NOT_READ)]
+        parts = ([NOT_READ + ", ".join(unread)] if unread else []) + others
+        if parts:
+            lines.append(f"{printable(file['file'])}: {'; '.join(parts)}")
+    return lines
+
+
+def _refused(files: Sequence[dict]) -> list[str]:
+    """Return, a line per file and kind of reason, the first refused row and how many are like it, the most first."""
+    found = [refused for file in files for refused in file["refused"].values()]
+    return [
+        f"{place}: {reason}" + (f"; and {number - 1:,} more like it" if number > 1 else "")
+        for number, place, reason in sorted(found, key=lambda each: -each[0])
+    ]
 
 
 def write_data_report(reports: Iterable[DataReport], path: Path) -> None:

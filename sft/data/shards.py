@@ -42,6 +42,7 @@ class Refused:
     place: str
     reason: str
     num_bytes: int = 0
+    kind: str = ""  # the reason without what is this row's alone; rows are counted by it
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,12 @@ def size_of(shard: Path) -> int:
 def place_of(shard: Path, form: str, number: int) -> str:
     """Return the place of a row, "file:line" or "file[index]", in printable characters."""
     where = f":{number}" if form == "lines" else f"[{number}]"
-    return str(shard).encode("utf-8", "backslashreplace").decode() + where
+    return printable(str(shard)) + where
+
+
+def printable(name: str) -> str:
+    """Return a file's name as text that any terminal can print."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -268,7 +274,8 @@ def _parse_line(line: bytes, block: Block, number: int) -> object:
         )
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        return Refused(place_of(block.shard, block.form, number), f"invalid JSON ({reason_of(error)}{where})")
+        reason = f"invalid JSON ({reason_of(error)}{where})"
+        return Refused(place_of(block.shard, block.form, number), reason, kind="invalid JSON")
 
 
 def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import Encoder, group
 from sft.data.formats import Sample, read_all
 from sft.data.packing import pack
@@ -40,6 +41,7 @@ class StreamedSequences(Sequences, IterableDataset):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    columns: Columns = BY_NAME
 
     num_samples = num_sequences = None
 
@@ -51,7 +53,7 @@ class StreamedSequences(Sequences, IterableDataset):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         """Yield this rank's sequences from the first epoch on; raise UserError if too many rows were refused."""
         self.num_rows = self.num_refused = self.unread_bytes = 0
-        self.has_begun = False
+        self.has_begun, self.noted = False, set()
         if not self.rank:
             with self.notes.open("a") as lines:
                 lines.truncate(self.noted_bytes)
@@ -91,7 +93,7 @@ class StreamedSequences(Sequences, IterableDataset):
 
     def _kept(self, file: Path, epoch: int) -> Iterator[Sample]:
         """Yield the samples of a file; in the first epoch count the rows and note those that are refused."""
-        for sample in read_all(file):
+        for sample in read_all(file, self.columns):
             if epoch == 0:
                 self.num_rows += 1
                 if isinstance(sample, Refused):
@@ -99,7 +101,16 @@ class StreamedSequences(Sequences, IterableDataset):
                 if self.num_rows >= JUDGED_ROWS:
                     self._judge()
             if isinstance(sample, Sample):
+                if epoch == 0 and not self.noted.issuperset(sample.remarks):
+                    self._note(sample)
                 yield sample
+
+    def _note(self, sample: Sample) -> None:
+        """Print what a row has and no earlier one had, such as a key that is not read."""
+        for remark in sample.remarks:
+            if remark not in self.noted and not self.rank:
+                tqdm.write(f"{'noted':9}{sample.place}: {remark}, and so in every row like it")
+            self.noted.add(remark)
 
     def _refuse(self, refused: Refused) -> None:
         self.num_refused += 1
@@ -124,7 +135,7 @@ class StreamedSequences(Sequences, IterableDataset):
 
     def first(self) -> dict[str, list[int]]:
         """Return the first example of the files as a sequence of its own; raise UserError if there is none."""
-        for sample in chain.from_iterable(map(read_all, self.files)):
+        for sample in chain.from_iterable(read_all(file, self.columns) for file in self.files):
             if isinstance(sample, Sample):
                 example = self.encoder.encode([sample])[0][0]
                 lengths = [len(example.prompt), len(example.answer)]

@@ -16,6 +16,7 @@ from transformers import IntervalStrategy
 from transformers.integrations import get_available_reporting_integrations
 
 from sft import machine
+from sft.data.columns import ROLES, Columns
 from sft.program import UserError
 from sft.training import zero
 
@@ -84,6 +85,15 @@ class DataArguments:
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Stop before training if more than this share of the rows is refused."}
     )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "Roles of keys by hand: instruction=KEY,output=KEY; input, system, history, messages."},
+    )
+    ignore_columns: str | None = field(default=None, metadata={"help": "Keys to leave unread: KEY,KEY."})
+    empty_output: str = field(
+        default="refuse",
+        metadata={"help": "What to do with rows without an answer: refuse, or train.", "choices": ["refuse", "train"]},
+    )
     check_data: bool = field(default=False, metadata={"help": "Validate the data, report, and exit."})
     streaming: bool = field(
         default=False, metadata={"help": "Tokenise while training and keep nothing on disk; needs --max_steps."}
@@ -91,6 +101,21 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenise; by default one per core."}
     )
+
+    @property
+    def reads_by(self) -> Columns:
+        """Return how records are to be read; raise UserError if --columns cannot be understood."""
+        by_hand = []
+        for given in self.columns.split(",") if self.columns else []:
+            role, _, key = given.partition("=")
+            if role.strip() not in ROLES or not key:
+                raise UserError(
+                    f"--columns {self.columns} must be ROLE=KEY,ROLE=KEY with the roles {', '.join(ROLES)}; "
+                    "type, for example, --columns instruction=question,output=answer"
+                )
+            by_hand.append((role.strip(), key.strip()))
+        ignored = frozenset(key.strip() for key in (self.ignore_columns or "").split(",") if key.strip())
+        return Columns(tuple(by_hand), ignored, self.empty_output == "train")
 
     @property
     def holds_out(self) -> bool:
@@ -266,6 +291,9 @@ def _check_output(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 
 def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
+    roles = [role for role, _ in data_args.reads_by.by_hand]
+    if len(set(roles)) < len(roles):
+        raise UserError(f"--columns {data_args.columns} gives a role twice; type each role once")
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must be in [0, 1), such as 0.05")
     if not data_args.streaming:

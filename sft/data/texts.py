@@ -1,0 +1,33 @@
+"""Texts of a record, checked; and the reason why a record is refused."""
+
+from reprlib import Repr
+
+MAX_CHARACTERS = 1_000_000  # in a prompt or an answer, some hundred times what a model reads
+BRIEF = Repr()  # shortens values of any size and depth
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
+brief = BRIEF.repr
+
+
+class RefusedError(Exception):
+    """A record is not a valid sample: `kind` says why, for every record alike, and `detail` what this one has."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        """Take a reason without values, under which refused records are counted, and what this record has."""
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def text_of(value: object, key: str, where: str = "") -> str:
+    """Return the valid text under a key; raise RefusedError otherwise. `where` is which turn, for people."""
+    before = f"{where} has " if where else ""
+    if not isinstance(value, str):
+        raise RefusedError(f'"{key}" is not a string', before + brief(value))
+    if len(value) > MAX_CHARACTERS:
+        raise RefusedError(f'"{key}" has more than {MAX_CHARACTERS:,} characters', f"{before}{len(value):,}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RefusedError(
+            f'"{key}" contains a broken character or a byte that is not UTF-8', before + ascii(value[error.start])
+        ) from None
+    return value
