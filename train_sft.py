@@ -119,6 +119,8 @@ def make_data(
     if data_args.eval_data_path:
         held_out, reports["held out"] = load(data_args.eval_data_path, flag="--eval_data_path")
     report_data(data_args, training_args, reports)
+    if data_args.check_data and training_args.process_index == 0:
+        print(*summary.telling_examples(tokenizer, samples, reports["data"]), sep="\n")
     if data_args.eval_fraction and not data_args.eval_data_path:
         samples, held_out = hold_out(samples, data_args.eval_fraction, training_args.seed)
     if data_args.streaming:

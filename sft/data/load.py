@@ -14,6 +14,8 @@ from sft.data.report import DataReport
 from sft.data.shards import find_shards
 from sft.program import UserError
 
+NUM_LOOKED_AT = 1000  # rows of a file among which one of several turns is looked for
+
 
 def load_examples(
     path: str,
@@ -62,6 +64,22 @@ def first_equals(examples: Dataset) -> np.ndarray:
     first_of = np.empty_like(order)
     first_of[order] = order[begins][np.cumsum(begins) - 1]
     return first_of
+
+
+def telling_rows(examples: Dataset) -> dict[int, list[int]]:
+    """Return up to three rows of each file that look different: the first, the longest, one of several turns.
+
+    Where no row of the file's first thousand has several turns, the third is from the middle.
+    """
+    file_of, lengths = lengths_of(examples, "file"), lengths_of(examples)
+    telling = {}
+    for file in np.unique(file_of).tolist():
+        rows = np.flatnonzero(file_of == file)
+        num_parts = list(map(len, examples[rows[:NUM_LOOKED_AT].tolist()]["lengths"]))
+        third = rows[int(np.argmax(num_parts))] if max(num_parts) > 2 else rows[len(rows) // 2]
+        longest = rows[int(np.argmax(lengths[rows]))]
+        telling[file] = list(dict.fromkeys(map(int, (rows[0], longest, third))))
+    return telling
 
 
 def hold_out(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -61,12 +61,13 @@ class DataReport:
 
     def entries(self) -> Iterator[dict[str, str]]:
         """Yield the place of every row that was refused, cut or dropped as a duplicate, and why."""
-        first_of = {self._place(*pair[:2]): self._place(*pair[2:]) for pair in self.duplicates.tolist()}
+        first_of = {self.place(*pair[:2]): self.place(*pair[2:]) for pair in self.duplicates.tolist()}
         with self.notes.open(encoding="utf-8") as lines:
             yield from (entry for entry in map(json.loads, lines) if entry["place"] not in first_of)
         yield from ({"place": place, "note": f"duplicate: of {first}"} for place, first in first_of.items())
 
-    def _place(self, file: int, row: int) -> str:
+    def place(self, file: int, row: int) -> str:
+        """Return where a row is, from the number of its file and its line or index."""
         return place_of(Path(self.counts.files[file]["file"]), self.counts.files[file]["form"], row)
 
 
@@ -110,15 +111,14 @@ def _noted(files: Sequence[dict]) -> list[str]:
     """Return, a line per file, how many rows have keys that are not read, joined turns, or replies without training."""
     lines = []
     for file in files:
-        unread = [
-            f"{remark.removeprefix(NOT_READ)} in {number:,} {'row' if number == 1 else 'rows'}"
-            for remark, number in file["remarks"].items()
-            if remark.startswith(NOT_READ)
+        said = [
+            f"{remark} in {number:,} {'row' if number == 1 else 'rows'}" for remark, number in file["remarks"].items()
         ]
-        others = [f"{number:,} x {r}" for r, number in file["remarks"].items() if not r.startswith(NOT_READ)]
-        parts = ([NOT_READ + ", ".join(unread)] if unread else []) + others
-        if parts:
-            lines.append(f"{printable(file['file'])}: {'; '.join(parts)}")
+        unread = [each.removeprefix(NOT_READ) for each in said if each.startswith(NOT_READ)]
+        others = [each for each in said if not each.startswith(NOT_READ)]
+        if said:
+            own = "; ".join([NOT_READ + ", ".join(unread), *others] if unread else others)
+            lines.append(f"{printable(file['file'])}: {own}")
     return lines
 
 

@@ -1,17 +1,21 @@
 """What a run prints before it starts, and the loss curve it leaves behind."""
 
 import math
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX
 from sft.data.collate import labels_of
+from sft.data.load import telling_rows
+from sft.data.report import DataReport
 from sft.data.sequences import Sequences
+from sft.data.shards import NUM_NAMED
 from sft.machine import processor
 from sft.model.lora import ADAPTER
 from sft.training.arguments import INITIAL_LOSS_SCALE, TrainingArguments
@@ -66,6 +70,15 @@ def marked_example(tokenizer: PreTrainedTokenizerBase, example: dict, max_charac
         return text
     half = max_characters // 2
     return f"{text[:half]} ... [{left_out:,} characters] ... {text[-half:]}"
+
+
+def telling_examples(tokenizer: PreTrainedTokenizerBase, examples: Dataset, report: DataReport) -> Iterator[str]:
+    """Yield a line for each of up to three rows of each file, as the model sees them."""
+    for file, rows in islice(telling_rows(examples).items(), NUM_NAMED):
+        for row in rows:
+            example = examples[row]
+            text = marked_example(tokenizer, example, max_characters=600)
+            yield f"{'example':9}{report.place(file, example['row'])}: {text}"
 
 
 def steps_line(args: TrainingArguments, data: Sequences) -> str:
