@@ -1,6 +1,7 @@
 """Samples to token ids: prompts and answers separately, each text once, the template's own text once for all."""
 
 import copy
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,7 @@ class Encoder:
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         if self.faster is None or not texts:
             return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        ids, ends = self.faster.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
+        ids, ends = self.faster.encode_batch_flat(texts, add_special_tokens=False)
         ids, ends = (np.frombuffer(buffer, dtype).tolist() for buffer, dtype in ((ids, np.uint32), (ends, np.uint64)))
         encoded = [ids[start:end] for start, end in pairwise(ends)]
         own = self.backend.encode(texts[0], add_special_tokens=False).ids
@@ -215,12 +216,15 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def faster_backend(backend: Tokenizer) -> "fastokens.Tokenizer | None":
     """Return the same tokenizer in fastokens, several times as fast; None if that does not support its parts.
 
-    It supports BLOOM's pre-tokenizer, not Falcon's (https://github.com/crusoecloud/fastokens).
+    It supports BLOOM's pre-tokenizer, not Falcon's (https://github.com/crusoecloud/fastokens). It would split special
+    tokens as well, but not find another added token within the name of one, as `tokenizers` does.
     """
     if fastokens is None:
         return None
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
     try:
-        return fastokens.Tokenizer.from_json_str(backend.to_str())
+        return fastokens.Tokenizer.from_json_str(json.dumps(state))
     except ValueError:
         return None
 
