@@ -64,7 +64,7 @@ class ChatModel:
 
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = GREEDY, **extra) -> torch.Tensor:
         """Return the new token ids after each prompt, int64 (number of prompts, new tokens), eos and pad included."""
-        ids = [self.tokenizer(each).input_ids if isinstance(each, str) else list(each) for each in prompts]
+        ids = [self.encoder.encode_text(each) if isinstance(each, str) else list(each) for each in prompts]
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
             output = self.model.generate(

@@ -1,11 +1,15 @@
 """Samples to token ids: prompts and answers separately, each text once, the template's own text once for all."""
 
+import copy
+import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX, prompts
@@ -48,7 +52,8 @@ class Encoder:
     """Tokenises samples as `tokenizer` does, each reply after the prompt that the chat would use to ask for it.
 
     Prompt and answer are tokenised separately: BLOOM's pre-tokenizer would otherwise merge ":" with the answer's first
-    characters into tokens that never occur in inference, where no answer follows the prompt.
+    characters into tokens that never occur in inference, where no answer follows the prompt. The name of a special
+    token, such as "</s>", is plain text in both.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -56,10 +61,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = tokenizer.model_max_length
         self.eos = tokenizer.eos_token_id
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.faster = faster_backend(tokenizer)
+        self.backend = plain_backend(tokenizer)
+        self.faster = faster_backend(self.backend)
         self.template_ids: dict[str, list[int]] = {}
         if cuts_at_the_template(tokenizer):
             both = (*prompts.split_prompt("")[::2], *prompts.split_prompt("", "-")[::2])
@@ -106,7 +109,7 @@ class Encoder:
         """Return the ids of each turn's prompt; where that is exact, only the user's text is tokenised."""
         if not self.template_ids:
             texts = [prompts.build_prompt(instruction, input) for instruction, input, _ in turns]
-            return self.tokenizer(texts, verbose=False).input_ids if texts else []
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
         parts = [prompts.split_prompt(instruction, input) for instruction, input, _ in turns]
         own = iter(self._encode_texts([text for each in parts for text in each[1::2]]))
         encoded = []
@@ -137,6 +140,10 @@ class Encoder:
             firsts.append(own)
         return firsts
 
+    def encode_text(self, prompt: str) -> list[int]:
+        """Return the ids of a whole prompt, with those that the tokenizer puts around every text."""
+        return self.backend.encode(prompt).ids
+
     def encode_prompt(self, sample: Sample, num_new_tokens: int) -> tuple[list[int], int, int]:
         """Return the prompt for a reply of `num_new_tokens` to a sample's last question, shortened as in training.
 
@@ -165,9 +172,9 @@ class Encoder:
             return Example(prompt, answer, _turns_note(fitting, last))
         first = last
         instruction, input, _ = _turn(sample, first, last)
-        encoded = self.tokenizer(prompts.build_prompt(instruction, input), return_offsets_mapping=True, verbose=False)
+        encoded = self.backend.encode(prompts.build_prompt(instruction, input))
         spans = prompts.body_spans(instruction, input)
-        example = join(encoded.input_ids, encoded.offset_mapping, spans, answer, self.max_length)
+        example = join(encoded.ids, encoded.offsets, spans, answer, self.max_length)
         if last:
             example.note = f"{_turns_note(first, last)}; {example.note.removeprefix('cut: ')}"
         return example
@@ -177,15 +184,49 @@ class Encoder:
         return len(prompt) + len(answer) <= self.max_length
 
 
-def faster_backend(tokenizer: PreTrainedTokenizerBase) -> "fastokens.Tokenizer | None":
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the tokens, with their ids, that mean something other than their name."""
+    added = tokenizer.added_tokens_decoder.items()
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {token.content: id for id, token in added if token.special} | named
+
+
+def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    """Return a pattern that finds the names of special tokens in a text, the longest first; None if there are none."""
+    names = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of a tokenizer's backend that takes the names of special tokens in a text as plain text.
+
+    A copy, since each call of `tokenizer` sets anew how its own backend takes them.
+    """
+    plain = copy.deepcopy(tokenizer.backend_tokenizer)
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    special = [(name, id) for name, id in special_tokens(tokenizer).items() if len(name) > 1]
+    mergeable = [name for name, id in special if [token.id for token in plain.model.tokenize(name)] == [id]]
+    if mergeable:  # as in a vocabulary trained on texts with such names; a cut within the name keeps it apart
+        ends = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in mergeable)
+        cut = pre_tokenizers.Split(Regex(ends), behavior="isolated")
+        plain.pre_tokenizer = pre_tokenizers.Sequence([plain.pre_tokenizer, cut]) if plain.pre_tokenizer else cut
+    return plain
+
+
+def faster_backend(backend: Tokenizer) -> "fastokens.Tokenizer | None":
     """Return the same tokenizer in fastokens, several times as fast; None if that does not support its parts.
 
-    It supports BLOOM's pre-tokenizer, not Falcon's (https://github.com/crusoecloud/fastokens).
+    It supports BLOOM's pre-tokenizer, not Falcon's (https://github.com/crusoecloud/fastokens). It would split special
+    tokens as well, but not find another added token within the name of one, as `tokenizers` does.
     """
     if fastokens is None:
         return None
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
     try:
-        return fastokens.Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str())
+        return fastokens.Tokenizer.from_json_str(json.dumps(state))
     except ValueError:
         return None
 
@@ -196,7 +237,8 @@ def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     No token crosses a boundary of the pre-tokenizer, so this is exact if the pre-tokenizer splits the parts of
     `prompts.split_prompt` into the same pieces as the whole, whatever a user's text begins and ends with, and no
     normalizer rewrites the text first. BLOOM's and Falcon's do, since the parts meet at ":" and a line end, and at a
-    line end and "#"; GPT-2's does not, since it looks ahead from a line end.
+    line end and "#"; GPT-2's does not, since it looks ahead from a line end. Tokens that were added to the vocabulary
+    are found before that, so each is tried.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None or backend.pre_tokenizer is None:
@@ -206,6 +248,12 @@ def cuts_at_the_template(tokenizer: PreTrainedTokenizerBase) -> bool:
             whole = backend.pre_tokenizer.pre_tokenize_str("".join(parts))
             pieces = chain.from_iterable(map(backend.pre_tokenizer.pre_tokenize_str, parts))
             if [piece for piece, _ in whole] != [piece for piece, _ in pieces]:
+                return False
+    ordinary = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    for name in ordinary:
+        for parts in (prompts.split_prompt(name), prompts.split_prompt(name, name)):
+            whole, *ids = (backend.encode(text, add_special_tokens=False).ids for text in ("".join(parts), *parts))
+            if whole != [*chain.from_iterable(ids)]:
                 return False
     text = prompts.build_prompt("x")
     return tokenizer(text).input_ids == backend.encode(text, add_special_tokens=False).ids

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from sft.chat.model import ChatModel, context_length
 from sft.chat.reply import cut_at_marker
 from sft.chat.sampling import Sampling
+from sft.data.encode import special_tokens
+from sft.data.formats import Sample
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt
@@ -178,6 +180,33 @@ def test_reply_leaves_the_callers_messages_alone(one_chat: ChatModel, monkeypatc
     messages = [{"role": role, "content": "好"} for role in ("user", "assistant", "user")]
     one_chat.reply(messages, SHORT)
     assert len(messages) == 3
+
+
+def test_message_with_the_name_of_a_special_token_is_the_prompt_of_training(chat: ChatModel):
+    special = special_tokens(chat.tokenizer)
+    texts = ["".join(special), *(f"什么是{name}？{name}" for name in special)]
+    for question in texts:
+        turns = [(question, f"{question}。"), (f" {question}", question)]
+        messages = [{"role": "system", "content": question}]
+        for asked, said in turns:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        sample = Sample(question, "", "答", "rows:1", turns, f"{question}\n")
+        [examples] = chat.encoder.encode([sample])
+        reply = chat.reply([*messages, {"role": "user", "content": question}], SHORT)
+        assert reply.prompt == examples[-1].prompt
+        assert not set(special.values()) & set(reply.prompt)
+        assert chat.tokenizer.decode(reply.prompt).endswith(f"{question}\nAssistant:\n\n### Response:")
+
+
+def test_prompt_that_is_text_is_plain_text(chat: ChatModel, monkeypatch: pytest.MonkeyPatch):
+    seen, prompt = [], build_prompt(f"什么是{chat.tokenizer.eos_token}？")
+    generate = chat.model.generate
+    monkeypatch.setattr(chat.model, "generate", lambda **given: seen.append(given["input_ids"]) or generate(**given))
+    list(chat.stream(prompt, SHORT))
+    chat.answer([prompt], SHORT)
+    expected = chat.encoder.encode_prompt(Sample(f"什么是{chat.tokenizer.eos_token}？", "", "", ""), 1)[0]
+    assert [ids.tolist() for ids in seen] == [[expected], [expected]]
+    assert chat.tokenizer.eos_token_id not in expected
 
 
 def test_temperature_zero_is_plain_greedy_search(chat: ChatModel):

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.chat.reply import Reply, cut_at_marker, settled_length
 from sft.chat.sampling import GREEDY
+from sft.data.encode import Encoder, special_tokens
+from sft.data.formats import Sample
 from sft.model.load import load_tokenizer
 
 RARE = "𠀀好😀👨‍👩‍👧é\u0301 Ω\n\n你\u3000\ufeffz"
@@ -58,6 +60,18 @@ def test_any_bytes_stream_to_their_full_decode(tokenizer: PreTrainedTokenizerBas
         start = rng.randrange(len(spelled))
         token_ids = [*spelled[start : start + 12], *rng.choices(spelled, k=8), tokenizer.eos_token_id, *spelled[:3]]
         assert "".join(reply_of(tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def test_an_answer_about_special_tokens_streams_as_it_is_and_ends_at_eos_alone(tokenizer: PreTrainedTokenizerBase):
+    names = "".join(special_tokens(tokenizer))
+    for text in (names, f"{tokenizer.eos_token}是 {names}。", f"好{tokenizer.eos_token}"):
+        [[example]] = Encoder(tokenizer).encode([Sample("问", "", text, "rows:1")])
+        reply = reply_of(tokenizer, example.answer)
+        assert "".join(reply) == text
+        assert reply.finish_reason == "eos"
+        cut = reply_of(tokenizer, example.answer[:-1])
+        assert "".join(cut) == text
+        assert cut.finish_reason == "length"
 
 
 @pytest.mark.parametrize("text", [RARE, "你好", "😀😀", "a\ufffdb\ufffd", "\nHuman", "\n### Instructor\n"])

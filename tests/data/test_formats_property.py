@@ -351,7 +351,8 @@ def test_rows_are_tokenised_into_every_prompt_of_the_chat_and_every_reply(folder
             answers = [label for label in labels_of(row) if label != IGNORE_INDEX]
             said = tokenizer.decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             assert said == "".join(reply + tokenizer.eos_token for _, reply in talk.pairs)
-            assert prompt_ids(row) == [tokenizer(prompt).input_ids for prompt in prompts_of(*messages_of(talk, shape))]
+            told = prompts_of(*messages_of(talk, shape))
+            assert prompt_ids(row) == tokenizer(told, split_special_tokens=True).input_ids
 
     check()
 

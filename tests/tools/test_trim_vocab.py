@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from sft.data.encode import Encoder, special_tokens
+from sft.data.formats import Sample
 from sft.model.load import load_tokenizer
 from sft.program import UserError
-from sft.prompts import build_chat_prompt
+from sft.prompts import build_chat_prompt, build_prompt
 from sft.tools.random_model import BLOOM_SPECIAL_TOKENS, build_model, read_texts, train_tokenizer
 from sft.tools.trim_vocab import Merges, choose, pinned_ids, state_of, trim_model, trimmed_tokenizer
 from support.plain_loop import replies_of, tensors_of
@@ -100,6 +102,24 @@ def test_no_text_is_lost_and_the_special_tokens_are_the_same(shape, flags, trim,
     ]
     asked = small_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert asked == build_chat_prompt(messages)
+
+
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_names_of_special_tokens_stay_plain_text(shape, trim, make_model, few_rows, tmp_path):
+    names = "".join(special_tokens(load_tokenizer(str(make_model(shape)))))
+    row = {"instruction": f"什么是{names}？", "input": "", "output": f"{names}。{names}"}
+    (tmp_path / "rows.json").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    for data in (tmp_path / "rows.json", few_rows[0]):  # with such names, and without
+        shutil.rmtree(tmp_path / "small", ignore_errors=True)
+        trim(make_model(shape), data=data)
+        tokenizer, small = load_tokenizer(str(make_model(shape))), load_tokenizer(str(tmp_path / "small"))
+        sample = Sample(row["instruction"], "", row["output"], "rows:1")
+        [[before]], [[after]] = Encoder(tokenizer).encode([sample]), Encoder(small).encode([sample])
+        assert small.decode(after.answer) == row["output"] + small.eos_token
+        assert small.decode(after.prompt) == build_prompt(row["instruction"])
+        assert not set(special_tokens(small).values()) & {*after.prompt, *after.answer[:-1]}
+        if data != few_rows[0]:
+            assert small.convert_ids_to_tokens(after.answer) == tokenizer.convert_ids_to_tokens(before.answer)
 
 
 def test_what_is_saved_is_said_and_true(trim, make_model, few_rows, tmp_path):
