@@ -298,9 +298,16 @@ def encode_block(encoder: Encoder, columns: Columns, file: int, block: Block) ->
         num_conversations=sum(bool(sample.history) for _, sample in kept),
         unread_bytes=sum(each.num_bytes for _, each in refused),
         shapes=Counter(sample.shape for _, sample in kept),
-        remarks=Counter(chain.from_iterable(sample.remarks for _, sample in kept)),
+        remarks=Counter(chain.from_iterable(_remarks(sample, encoder) for _, sample in kept)),
         refused=firsts,
     )
+
+
+def _remarks(sample: Sample, encoder: Encoder) -> Iterator[str]:
+    """Yield what the report counts of a sample."""
+    yield from sample.remarks
+    if encoder.special and any(map(encoder.special.search, sample.texts())):
+        yield "special tokens' names, read as plain text,"
 
 
 def _arrow_rows(sample: Sample, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:

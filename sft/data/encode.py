@@ -62,6 +62,7 @@ class Encoder:
         self.max_length = tokenizer.model_max_length
         self.eos = tokenizer.eos_token_id
         self.backend = plain_backend(tokenizer)
+        self.special = special_text(tokenizer)
         self.faster = faster_backend(self.backend)
         self.template_ids: dict[str, list[int]] = {}
         if cuts_at_the_template(tokenizer):
