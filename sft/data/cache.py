@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts
-from sft.data import encode, formats, json_stream, shards
+from sft.data import encode, formats, json_stream, kinds, shards, tables
 from sft.data.encode import Encoder, Example
 from sft.data.formats import Sample, Shape
 from sft.data.shards import Block, Refused
@@ -133,6 +133,8 @@ def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> st
         prompts.__file__,
         formats.__file__,
         shards.__file__,
+        kinds.__file__,
+        tables.__file__,
         encode.__file__,
     ):
         hashed.update(Path(module).read_bytes())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.shards import Block, Refused, find_shards, read_blocks, records_of
+from sft.data.files import find_shards
+from sft.data.shards import Block, Refused, read_blocks, records_of
 from sft.program import UserError
 from support.files import GOOD, RECORDS, as_lines, write
 

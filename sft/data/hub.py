@@ -1,0 +1,35 @@
+"""Data sets of the Hugging Face hub, by their names there."""
+
+import re
+from pathlib import Path
+
+from sft.program import UserError, one_line
+
+ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(\w+))?", re.ASCII)
+
+
+def is_id(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Tell whether a path that does not exist may be owner/name or owner/name:split; `suffixes` are those of files.
+
+    In a folder that exists, it is the path of a file that is missing.
+    """
+    return bool(ID.fullmatch(path)) and not path.lower().endswith(suffixes) and not Path(path).parent.exists()
+
+
+def download(path: str, flag: str, cache_dir: str | None = None) -> list[Path]:
+    """Return the Arrow files of owner/name, or of owner/name:split, downloaded into the cache of `datasets`.
+
+    Without a split it is "train". Raises UserError, naming the `flag` that gave the path, if it cannot be loaded.
+    """
+    import datasets  # here, since a second goes by until it is imported
+
+    name, split = ID.fullmatch(path).groups()
+    try:
+        loaded = datasets.load_dataset(name, split=split or "train", cache_dir=cache_dir)
+    except Exception as error:  # of any kind: what a set holds decides what fails
+        raise UserError(
+            f"{flag} {path} is no file or folder, and no set of the Hugging Face hub that can be loaded "
+            f"({one_line(error)}); expected a path, owner/name or owner/name:split; correct it, or download the set "
+            "where there is a network and give its folder"
+        ) from None
+    return [Path(file["filename"]) for file in loaded.cache_files]
