@@ -25,11 +25,13 @@ def download(path: str, flag: str, cache_dir: str | None = None) -> list[Path]:
 
     name, split = ID.fullmatch(path).groups()
     try:
-        loaded = datasets.load_dataset(name, split=split or "train", cache_dir=cache_dir)
+        files = datasets.load_dataset(name, split=split or "train", cache_dir=cache_dir).cache_files
+        if not files:
+            raise ValueError("it holds no rows")
     except Exception as error:  # of any kind: what a set holds decides what fails
         raise UserError(
             f"{flag} {path} is no file or folder, and no set of the Hugging Face hub that can be loaded "
             f"({one_line(error)}); expected a path, owner/name or owner/name:split; correct it, or download the set "
             "where there is a network and give its folder"
         ) from None
-    return [Path(file["filename"]) for file in loaded.cache_files]
+    return [Path(file["filename"]) for file in files]

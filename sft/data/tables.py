@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -13,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from python_calamine import CalamineWorkbook, SheetTypeEnum
 
-from sft.data.json_stream import MAX_RECORD_BYTES, BrokenError
+from sft.data.json_stream import MAX_RECORD_BYTES, READ_ERRORS, BrokenError
 
 BATCH_ROWS = 1000
 DELIMITERS = ",\t;|"
@@ -54,25 +55,38 @@ def _to_row(cells: list[str], names: list[str]) -> Row:
 
 
 class _Lines:
-    """Lines of a text, which are counted, and measured from where `begin` was called."""
+    """Lines of a text, which are counted, and kept from where `begin` was called."""
 
     def __init__(self, text: io.TextIOWrapper):
-        self.text, self.number, self.size = text, 0, 0
+        self.text, self.number = text, 0
+        self.fault: Exception | None = None  # of the stream, raised once everything before it is read
         self.sample = list(self._sample())
-        self.lines = chain(self.sample, iter(self._read, ""))
+        self.lines = chain(self.sample, self._rest())
+        self.begin()
 
     def _read(self) -> str:
         return self.text.readline(MAX_RECORD_BYTES)
 
     def _sample(self) -> Iterator[str]:
         num_characters = 0
-        for line in islice(iter(self._read, ""), SAMPLE_LINES):
-            yield line
-            if (num_characters := num_characters + len(line)) > SAMPLE_CHARACTERS:
-                return
+        try:
+            for line in islice(iter(self._read, ""), SAMPLE_LINES):
+                yield line
+                if (num_characters := num_characters + len(line)) > SAMPLE_CHARACTERS:
+                    return
+        except READ_ERRORS as error:
+            self.fault = error
+
+    def _rest(self) -> Iterator[str]:
+        if self.fault:
+            raise self.fault
+        yield from iter(self._read, "")
 
     def begin(self) -> None:
-        self.size = 0
+        self.row, self.size = [], 0
+
+    def num_bytes(self) -> int:
+        return len("".join(self.row).encode(self.text.encoding, self.text.errors))
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -81,6 +95,7 @@ class _Lines:
         line = next(self.lines)
         self.number += 1
         self.size += len(line)
+        self.row.append(line)
         if self.size >= MAX_RECORD_BYTES:
             raise BrokenError(f"a row is over {MAX_RECORD_BYTES // 2**20} MiB long; is a quote never closed?")
         return line
@@ -104,18 +119,21 @@ def csv_rows(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[Row, in
                 row = _to_row(cells, names) if names else None
                 names = names or (column_names(cells) if any(map(str.strip, cells)) else None)
             except csv.Error as error:
-                row = _refused(error, delimiter, lines.size, bool(names))
+                row = _refused(error, delimiter, bool(names))
             yield row, lines.size
             yield from ((None, 0) for _ in range(lines.number - before - 1))
+    except BrokenError as error:
+        error.num_bytes = lines.num_bytes() if names else sys.maxsize  # that is, all of the file
+        raise
     finally:
         if not stream.closed:  # as it is if nobody reads to the end
             text.detach()  # otherwise it would close the stream
 
 
-def _refused(error: csv.Error, delimiter: str, size: int, is_row: bool) -> str:
+def _refused(error: csv.Error, delimiter: str, is_row: bool) -> str:
     """Return why a row is refused that cannot be split; raise BrokenError if nothing behind it can be read either."""
     if str(error) == "unexpected end of data":
-        raise BrokenError("a quote that opens in this row is never closed", size) from None
+        raise BrokenError("a quote that opens in this row is never closed") from None
     if not is_row:
         raise BrokenError(f"the first row names no columns ({error})") from None
     return f"cannot be split into fields ({error}); double a quote inside quotes".replace(repr(delimiter), "delimiter")

@@ -163,6 +163,7 @@ def csv_kinds() -> list[Kind]:
             "CSV of no names", b"1,2\n3,4\n", [], {":1": "the first row is ['1', '2']; expected names"}, name="none.csv"
         ),
         Kind("CSV, a column twice", b"a,a\n3,4\n", [], {":1": "names the column 'a' twice"}, name="twice.csv"),
+        Kind("CSV in gzip, cut", flushed(CSV), GOOD, {":7": CANNOT_GO_ON}, name="cut.csv.gz"),
         Kind("CSV of nothing", b" \n\n", [], name="nothing.csv"),
         Kind("JSON named .csv", lines(*GOOD).encode(), name="lines.csv"),
         Kind("TSV", CSV.replace("二\t二", '"二\t二"').replace(",", "\t").encode(), name="rows.tsv"),
