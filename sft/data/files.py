@@ -47,15 +47,13 @@ def look_through(
         )
     if not root.is_dir():
         return [root], {}
-    shards, skipped = [], {}
-    for file, reason in _walk(root):
-        (skipped.setdefault(reason, []) if reason else shards).append(file)
+    shards, skipped = _sorted_out(root)
     if not shards:
         raise UserError(
             f"{flag} {path} contains no {', '.join(SUFFIXES)} file; expected files of rows such as {SHAPE}; "
             "run data_proj/process_data.ipynb, or try data_proj/sample"
         )
-    return sorted(shards), {reason: sorted(files) for reason, files in sorted(skipped.items())}
+    return shards, skipped
 
 
 def skipped_in(path: str) -> list[str]:
@@ -63,12 +61,19 @@ def skipped_in(path: str) -> list[str]:
     if not Path(path).is_dir():
         return []
     sentences = []
-    for reason, files in look_through(path)[1].items():
+    for reason, files in _sorted_out(Path(path))[1].items():
         first = os.fsencode(files[0].relative_to(path)).decode("utf-8", "backslashreplace")
         more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
         number = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
         sentences.append(f"{number if reason == ASIDE else first + more}: {reason}")
     return sentences
+
+
+def _sorted_out(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    shards, skipped = [], {}
+    for file, reason in sorted(_walk(root), key=lambda each: each[::-1]):
+        (skipped.setdefault(reason, []) if reason else shards).append(file)
+    return shards, skipped
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:

@@ -59,30 +59,43 @@ def test_what_is_here_or_can_only_be_a_path_is_not_asked_for(asked: list, tmp_pa
     assert asked == []
 
 
-def test_a_split_that_is_missing_is_one_line(asked: list):
+def test_a_split_that_is_missing_is_one_line(asked: list, monkeypatch: pytest.MonkeyPatch):
+    reach(monkeypatch, True)
     with pytest.raises(UserError) as caught:
         find_shards("someone/pairs:nothing", "--eval_data_path")
     assert str(caught.value).startswith("--eval_data_path someone/pairs:nothing is no file or folder, and no set of")
     assert 'Unknown split "nothing"' in str(caught.value) and "\n" not in str(caught.value)
+    assert "; correct it, or " in str(caught.value)
 
 
-def test_without_a_network_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def reach(monkeypatch: pytest.MonkeyPatch, is_reached: bool) -> None:
+    """Let the hub seem to be reached or not, where nothing says that it may not be."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "answers", lambda _: is_reached)
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_without_a_network_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool):
     monkeypatch.chdir(tmp_path)
+    if not is_offline:
+        reach(monkeypatch, False)
     with pytest.raises(UserError) as caught:
         find_shards("someone/pairs", cache_dir=str(tmp_path))
-    said = str(caught.value)
-    assert said.startswith(
-        "--data_path someone/pairs is no file or folder, and no set of the Hugging Face hub that can"
+    why, remedy = ("HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    if not is_offline:
+        why, remedy = f"{hub.constants.ENDPOINT} cannot be reached", "set HF_ENDPOINT to a mirror"
+    assert str(caught.value) == (
+        "--data_path someone/pairs is no file or folder, and no set of the Hugging Face hub that can be loaded "
+        f"({why}); expected a path, owner/name or owner/name:split; {remedy}, or give the folder of a set that was "
+        "downloaded"
     )
-    assert said.endswith(
-        "expected a path, owner/name or owner/name:split; correct it, or download the set where there "
-        "is a network and give its folder"
-    )
-    assert "\n" not in said
+    assert hub.constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is is_offline
 
 
 def test_a_set_of_no_files_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([]))
+    reach(monkeypatch, True)
     with pytest.raises(UserError, match="someone/pairs .*it holds no rows"):
         hub.download("someone/pairs", "--data_path")
     assert hub.is_id("someone/pairs", SUFFIXES)

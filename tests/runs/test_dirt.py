@@ -295,6 +295,23 @@ def tell(report: DataReport, output: Path) -> None:
     train_sft.report_data(data_args, SimpleNamespace(output_dir=str(output), process_index=0), {"data": report})
 
 
+def test_what_is_skipped_in_a_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import train_sft
+
+    write_good(tmp_path / "rows" / "a.json")
+    for name in ("notes.txt", "more.txt", "state.json", "README.md", ".hidden"):
+        write_good(tmp_path / "rows" / name)
+    data_args = train_sft.DataArguments(
+        data_path=str(tmp_path / "rows"), eval_data_path=str(tmp_path / "rows" / "a.json")
+    )
+    train_sft.report_data(data_args, SimpleNamespace(output_dir=str(tmp_path), process_index=0), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped  state.json: about the data, no rows",
+        "skipped  2 files: hidden, or a licence, a README or an image",
+        "skipped  more.txt and 1 more: no rows are read from .txt files",
+    ]
+
+
 @pytest.mark.parametrize("num_refused", [0, 1, 2])
 def test_one_of_a_hundred_rows_may_be_refused_and_not_two(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, num_refused: int
