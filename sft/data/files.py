@@ -97,7 +97,8 @@ def _reason_to_skip(file: Path) -> str:
     if file.name.startswith((".", "~$")) or (not is_shard and ASIDE_NAMES.match(file.name)):
         return ASIDE
     if not is_shard:
-        return f"no rows are read from {f'{file.suffix} files' if file.suffix else 'files without a suffix'}"
+        suffix = "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+        return f"no rows are read from {f'{suffix} files' if suffix else 'files without a suffix'}"
     if COPY_NAMES.fullmatch(file.name):
         return COPIES
     return ABOUT if file.name in METADATA and not _begins_array(file) else ""

@@ -182,31 +182,32 @@ def wrapped_in(text: str) -> str | None:
     while member := MEMBER.match(text, position):
         key, position = member[1], member.end()
         if text.startswith("[", position):
-            return key if key in WRAPPERS and _begins_with_row(text, position + 1) else None
+            keys = _first_keys(text, position + 1)
+            return key if key in WRAPPERS and keys and not keys & SPEAKERS else None
         if key in ROW_KEYS or not (scalar := SCALAR.match(text, position)):
             return None
         position = scalar.end()
     return None
 
 
-def _begins_with_row(text: str, position: int) -> bool:
-    """Tell whether the elements of an array are objects, and not turns of a conversation."""
+def _first_keys(text: str, position: int) -> set[str]:
+    """Return the keys of the object that an array begins with behind its bracket; none if it begins otherwise."""
     position = WHITESPACE.match(text, position).end()
     if not text.startswith("{", position):
-        return False
+        return set()
     try:
         element, _ = DECODER.raw_decode(text, position)
-        keys = set(element)
+        return set(element)
     except (ValueError, RecursionError):  # longer than the text
         member = MEMBER.match(text, position + 1)
-        keys = {member[1]} if member else set()
-    return not keys & SPEAKERS
+        return {member[1]} if member else set()
 
 
 def is_lines_of_lists(text: str) -> bool:
-    """Tell whether a text begins with a line that holds a whole JSON array, and another array follows it."""
+    """Tell whether a text begins with a line that holds an array, and is followed by others or has one's turns."""
     line, _, rest = text.partition("\n")
-    return rest.lstrip().startswith("[") and _is_json(line.rstrip().removesuffix(","))
+    is_one = not rest.strip() and bool(_first_keys(text, 1) & SPEAKERS)
+    return (is_one or rest.lstrip().startswith("[")) and _is_json(line.rstrip().removesuffix(","))
 
 
 def spans_lines(text: str) -> bool:

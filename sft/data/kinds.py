@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sft.data.json_stream import BrokenError, is_lines_of_lists, spans_lines, wrapped_in
 
-JSON, TEXT_TABLES = (".json", ".jsonl"), (".csv", ".tsv")
-SUFFIXES = (*JSON, *TEXT_TABLES, *(f"{suffix}.gz" for suffix in (*JSON, *TEXT_TABLES)), ".xlsx", ".arrow", ".parquet")
+TEXT_TABLES = ("csv", "tsv")
+JSON, TEXTS = (".json", ".jsonl"), (".json", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), ".xlsx", ".arrow", ".parquet")
 # The last is how a stream of Arrow begins: the mark of a message, which no text begins with.
 TABLES = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "arrow"}
 HEAD_BYTES = 1024  # read to tell a table or an archive
@@ -87,7 +88,7 @@ def text_form(text: str, name: str) -> str:
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     if not text or suffix in JSON:
         return "lines"
-    if suffix in TEXT_TABLES:
+    if suffix[1:] in TEXT_TABLES:
         return suffix[1:]
     if suffix in SUFFIXES:
         raise NotRowsError(f"named {suffix}, but it does not begin as such a file does; copy or download it again")

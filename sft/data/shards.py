@@ -24,11 +24,10 @@ from sft.data.json_stream import (
     reason_of,
     values_of,
 )
-from sft.data.kinds import NotRowsError, refuse_others, table_in, text_form
+from sft.data.kinds import TEXT_TABLES, NotRowsError, refuse_others, table_in, text_form
 from sft.data.tables import Row, arrow_batches, csv_rows, excel_sheets, parquet_batches, place_in_sheet
 from sft.program import one_line
 
-TEXT_TABLES = ("csv", "tsv")
 LINE_FORMS = ("lines", *TEXT_TABLES)  # whose rows are numbered by lines
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
 BLOCK_RECORDS = 1000  # enough for a batched tokenizer, few enough to hold many blocks in memory
@@ -51,7 +50,9 @@ class Block:
     """Some consecutive records of a shard, not yet parsed, and the fault, if any, that makes the rest unreadable."""
 
     shard: Path
-    form: str  # "lines", "array", 'array in "KEY"', "objects", "csv", "tsv", "excel SHEETS", "arrow", "parquet", "file"
+    form: (
+        str  # "lines", "array", 'array in "KEY"', "objects", "csv", "tsv", "excel SHEETS", "arrow", "parquet", "unread"
+    )
     encoding: str
     start: int  # the line of the first record, or its index
     # None stands for a line that is too long, and in a table for none; there a string says why a row is refused.
@@ -71,7 +72,7 @@ def size_of(shard: Path) -> int:
 
 def place_of(shard: Path, form: str, number: int) -> str:
     """Return the place of a row, "file:line", "file[index]" or "file[sheet row 2]", in printable characters."""
-    if form == "file":
+    if form == "unread":  # no row of it is known
         where = ""
     elif form.startswith("excel"):
         where = f"[{place_in_sheet(form, number)}]"
@@ -90,7 +91,7 @@ def read_blocks(shard: Path) -> Iterator[Block]:
     lines, else JSON Lines, or CSV if the name says so; text may be compressed with gzip. Text is UTF-8 with or without
     a byte order mark, UTF-16 with one, or GB18030. If the rest of a file is unreadable, its last block says so.
     """
-    start, position, form = 0, 0, "file"
+    start, position, form = 0, 0, "unread"
     try:
         if not stat.S_ISREG(shard.stat().st_mode):
             raise NotRowsError("not a file" if not shard.is_dir() else "a folder that cannot be listed")
@@ -108,7 +109,7 @@ def read_blocks(shard: Path) -> Iterator[Block]:
                 yield block
     except FAULTS as error:
         if form == "excel":  # not opened, so that no sheet is known
-            form = "file"
+            form = "unread"
         reason = str(error) if isinstance(error, BrokenError) else f"cannot be read ({one_line(error)})"
         size = size_of(shard)
         fault = Refused(place_of(shard, form, start), reason, max(0, size - position))

@@ -77,13 +77,25 @@ def test_folder_without_shards_is_named_with_its_flag(tmp_path: Path):
 
 
 def test_every_file_that_is_not_read_is_named(tmp_path: Path):
-    lay(tmp_path, "a.json", "notes.txt", "sub/a.txt", "b.txt", "make.py", "Makefile", "rows.json.bak", "c.zip")
+    lay(
+        tmp_path,
+        "a.json",
+        "notes.txt",
+        "sub/a.txt",
+        "b.txt",
+        "make.py",
+        "Makefile",
+        "rows.json.bak",
+        "c.zip",
+        "d.txt.gz",
+    )
     assert look_through(str(tmp_path)) == (
         [tmp_path / "a.json"],
         {
             "no rows are read from .bak files": [tmp_path / "rows.json.bak"],
             "no rows are read from .py files": [tmp_path / "make.py"],
             "no rows are read from .txt files": [tmp_path / name for name in ("b.txt", "notes.txt", "sub/a.txt")],
+            "no rows are read from .txt.gz files": [tmp_path / "d.txt.gz"],
             "no rows are read from .zip files": [tmp_path / "c.zip"],
             "no rows are read from files without a suffix": [tmp_path / "Makefile"],
         },
@@ -92,6 +104,7 @@ def test_every_file_that_is_not_read_is_named(tmp_path: Path):
         "rows.json.bak: no rows are read from .bak files",
         "make.py: no rows are read from .py files",
         "b.txt and 2 more: no rows are read from .txt files",
+        "d.txt.gz: no rows are read from .txt.gz files",
         "c.zip: no rows are read from .zip files",
         "Makefile: no rows are read from files without a suffix",
     ]

@@ -144,6 +144,7 @@ def test_each_line_that_is_an_array_is_a_row(tmp_path: Path):
     for end in ("", ","):
         file = write(tmp_path, "\n".join(json.dumps(each) + end for each in turns))
         assert values_in(file) == list(enumerate(turns, 1))
+    assert values_in(write(tmp_path, json.dumps(turns[0]))) == [(1, turns[0])]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
