@@ -23,11 +23,11 @@ from transformers import (
 
 from sft.data.collate import flatten
 from sft.data.encode import Encoder, check_length
+from sft.data.files import find_shards, skipped_in
 from sft.data.load import hold_out, load_examples
 from sft.data.packing import PackedSequences
 from sft.data.report import NOTES, DataReport, print_data, write_data_report
 from sft.data.sequences import SampleSequences, Sequences
-from sft.data.shards import find_shards
 from sft.data.streaming import StreamedSequences
 from sft.model import lora, patch
 from sft.model.load import load_config, load_model, load_tokenizer, locate
@@ -144,6 +144,9 @@ def report_data(data_args: DataArguments, training_args: TrainingArguments, repo
             ) from None
         for name, report in reports.items():
             print_data(name, report)
+        for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
+            for sentence in skipped_in(path):
+                print(f"{'skipped':9}{sentence}")
     paths = {"data": f"--data_path {data_args.data_path}", "held out": f"--eval_data_path {data_args.eval_data_path}"}
     for name, report in reports.items():
         if wrong := report.what_is_wrong(data_args.max_bad_fraction):
@@ -156,7 +159,7 @@ def stream(
     """Return this rank's sequences, tokenised while it trains on them."""
     check_length(tokenizer)
     return StreamedSequences(
-        files=find_shards(data_args.data_path),
+        files=find_shards(data_args.data_path, cache_dir=training_args.cache_dir),
         encoder=Encoder(tokenizer),
         notes=Path(training_args.output_dir, NOTES),
         max_bad_fraction=data_args.max_bad_fraction,

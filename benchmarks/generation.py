@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, StoppingCriteria
 from benchmarks import measure
 from sft import IGNORE_INDEX
 from sft.data.encode import encode_samples
+from sft.data.files import find_shards
 from sft.data.formats import read_samples
-from sft.data.shards import find_shards
 from sft.model.int8 import quantize, weights_in_bytes
 from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program

@@ -30,7 +30,7 @@ import torch
 from benchmarks import gpu_kernels, gpu_runs, measure
 from benchmarks.measure import Given
 from sft import machine
-from sft.data.shards import find_shards
+from sft.data.files import find_shards
 from sft.program import ArgumentParser, run_program
 
 PARTS = {

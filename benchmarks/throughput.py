@@ -30,9 +30,9 @@ from transformers import (
 from benchmarks import measure
 from sft import IGNORE_INDEX
 from sft.data.collate import flatten, labels_of
+from sft.data.files import find_shards
 from sft.data.load import load_examples
 from sft.data.packing import PackedSequences
-from sft.data.shards import find_shards
 from sft.model import patch
 from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program

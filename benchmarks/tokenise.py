@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import measure
 from sft import IGNORE_INDEX
 from sft.data.cache import tokenised
+from sft.data.files import find_shards
 from sft.data.formats import Sample, read_all
-from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import build_prompt

@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from benchmarks import measure
 from benchmarks.throughput import HUGE_PAGES, WAYS, make_tokenizer, make_trainer, merge, metered
-from sft.data.shards import find_shards
+from sft.data.files import find_shards
 from sft.program import ArgumentParser, UserError, run_program
 from sft.tools.random_model import SHAPES, build_model
 from sft.tools.trim_vocab import trim_model

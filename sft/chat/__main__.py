@@ -25,8 +25,8 @@ def recall(chat: ChatModel, data: str, number: int) -> tuple[int, int]:
 
     An answer matches if it equals the row's output to the character and the model ended it itself.
     """
+    from sft.data.files import find_shards
     from sft.data.formats import read_samples
-    from sft.data.shards import find_shards
 
     num_right, shards = 0, list(islice(find_shards(data), number))
     for shard in shards:

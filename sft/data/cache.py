@@ -25,8 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts
-from sft.data import columns as columns_module
-from sft.data import encode, formats, json_stream, shards, texts, turns
+from sft.data import encode, formats, shards
 from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import Encoder, Example
 from sft.data.formats import Sample
@@ -133,9 +132,8 @@ def _locked(path: Path) -> FileLock:
 def fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, columns: Columns = BY_NAME) -> str:
     """Return 32 hexadecimal digits that change with the files, the tokenizer, the columns and the code that reads."""
     hashed = hashlib.sha256(state_of(files).encode(errors="backslashreplace"))
-    for module in (json_stream, prompts, formats, shards, encode, texts, turns, columns_module):
-        hashed.update(Path(module.__file__).read_bytes())
-    hashed.update(Path(__file__).read_bytes())
+    for module in (*sorted(Path(__file__).parent.glob("*.py")), Path(prompts.__file__)):
+        hashed.update(module.read_bytes())
     hashed.update(repr((columns.by_hand, sorted(columns.ignored), columns.trains_empty_outputs)).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
     hashed.update(f"{tokenizer.eos_token_id} {tokenizer.model_max_length}".encode())

@@ -14,6 +14,12 @@ MAX_RECORD_BYTES = 64 * 2**20
 # What reading a broken file raises: gzip, zlib, UTF-16.
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
+WRAPPERS = {"data", "instances", "rows", "examples", "items", "train"}  # keys of an array of rows
+# Keys of a row, which may have an array as well, and of a turn.
+ROW_KEYS = {"instruction", "prompt", "question", "query", "input", "context", "output", "response", "answer", "system"}
+SPEAKERS = {"role", "from", "speaker"}
+MEMBER = re.compile(r'\s*"([^"\\]*)"\s*:\s*')  # no known key has an escape
+SCALAR = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[-+.\w]+)\s*,')
 
 
 class BrokenError(Exception):
@@ -76,8 +82,7 @@ class _Text:
                 return ""
 
     def value(self) -> tuple[object, int]:
-        """Return the next JSON value and its size; raise BrokenError if there is none."""
-        self.peek()
+        """Return the JSON value at the character of `peek`, and its size; raise BrokenError if there is none."""
         while True:
             start = self.position
             try:
@@ -93,30 +98,116 @@ class _Text:
                 if len(self.text) - start > MAX_RECORD_BYTES or not self.more():
                     raise self.broken(f"invalid JSON from here on ({reason_of(error)})") from None
 
+    def skip(self, character: str) -> bool:
+        """Pass over a character if it is the next; tell whether it was."""
+        is_next = self.peek() == character
+        self.position += is_next
+        return is_next
+
+    def expect(self, character: str, said: str = "") -> None:
+        """Pass over a character; raise BrokenError, with what is expected, if another one is next."""
+        if not self.skip(character):
+            raise self.broken(f"expected {said or character}")
+
     def broken(self, reason: str) -> BrokenError:
         """Return the error for a fault at the current position."""
         return BrokenError(reason, len(self.text[self.position :].encode(self.encoding, self.errors)))
 
 
 def values_of(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
-    """Yield the elements of a JSON array, or JSON objects that follow one another, one at a time."""
+    """Yield, each with its size, the elements of a JSON array, or of one in an object, or JSON objects in a row."""
     text = _Text(stream, encoding)
     if form == "objects":
         while text.peek():
             yield text.value()
+            text.skip(",")
         return
-    assert text.peek() == "[", text.peek()
-    text.position += 1
-    if text.peek() != "]":
-        yield text.value()
-    while text.peek() == ",":
-        text.position += 1
-        yield text.value()
-    if text.peek() != "]":
-        raise text.broken("expected , or ] after an element")
-    text.position += 1
+    closing = "]"
+    if form == "array":
+        yield from _elements(text)
+    else:
+        yield from _members(text, json.loads(form.removeprefix("array in ")))
+        closing = "}"
     if text.peek():
-        raise text.broken("more text follows the closing ]")
+        raise text.broken(f"more text follows the closing {closing}")
+
+
+def _elements(text: _Text) -> Iterator[tuple[object, int]]:
+    text.expect("[")
+    while text.peek() != "]":
+        yield text.value()
+        if text.peek() != ",":
+            break
+        text.position += 1
+    text.expect("]", ", or ] after an element")
+
+
+def _members(text: _Text, wanted: str) -> Iterator[tuple[object, int]]:
+    """Yield the elements of the array that is the value of one key of an object, and pass over the other keys."""
+    text.expect("{")
+    is_found = False
+    while text.peek() != "}":
+        key, _ = text.value()
+        text.expect(":")
+        is_array = text.peek() == "["
+        if is_array and key == wanted and not is_found:
+            is_found = True
+            yield from _elements(text)
+        elif is_array:
+            for _ in _elements(text):  # one by one, since it may be as long as the other
+                pass
+        else:
+            text.value()
+        if not text.skip(","):
+            break
+    text.expect("}", ", or } after a value")
+
+
+# ------------------------------------------------------------------------------------------------------ how it begins
+
+
+def wrapped_in(text: str) -> str | None:
+    """Return the key of the array of rows in the object that a text begins with, None if that object is a row itself.
+
+    A row is told by what else it has, by the turns or strings in its array, and by the rows that follow it.
+    """
+    try:
+        _, end = DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        end = len(text)  # cut, as an object around many rows is
+    rest = text[end:].lstrip(" \t\r\n,")
+    if rest.startswith("{") or (rest and "\n" not in text[:end]):
+        return None
+    position = 1
+    while member := MEMBER.match(text, position):
+        key, position = member[1], member.end()
+        if text.startswith("[", position):
+            keys = _first_keys(text, position + 1)
+            return key if key in WRAPPERS and keys and not keys & SPEAKERS else None
+        if key in ROW_KEYS or not (scalar := SCALAR.match(text, position)):
+            return None
+        position = scalar.end()
+    return None
+
+
+def _first_keys(text: str, position: int) -> set[str]:
+    """Return the keys of the object that an array begins with behind its bracket; none if it begins otherwise."""
+    position = WHITESPACE.match(text, position).end()
+    if not text.startswith("{", position):
+        return set()
+    try:
+        element, _ = DECODER.raw_decode(text, position)
+        return set(element)
+    except (ValueError, RecursionError):  # longer than the text
+        member = MEMBER.match(text, position + 1)
+        return {member[1]} if member else set()
+
+
+def is_lines_of_lists(text: str) -> bool:
+    """Tell whether a text begins with a line that holds an array, and is followed by others or has one's turns."""
+    line, _, rest = text.partition("\n")
+    is_one = not rest.strip() and bool(_first_keys(text, 1) & SPEAKERS)
+    return (is_one or rest.lstrip().startswith("[")) and _is_json(line.rstrip().removesuffix(","))
 
 
 def spans_lines(text: str) -> bool:

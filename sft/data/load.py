@@ -10,8 +10,8 @@ from sft.data import cache
 from sft.data.cache import Counts, lengths_of
 from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import check_length
+from sft.data.files import find_shards
 from sft.data.report import DataReport
-from sft.data.shards import find_shards
 from sft.program import UserError
 
 NUM_LOOKED_AT = 1000  # rows of a file among which one of several turns is looked for
@@ -32,7 +32,7 @@ def load_examples(
     repeated rows, and `columns` says how records are read. Raises UserError, naming the `flag` that gave the path, if
     there are no files, or if `tokenizer.model_max_length` is too short.
     """
-    files = find_shards(path, flag)
+    files = find_shards(path, flag, cache_dir)
     check_length(tokenizer)
     folder = cache.tokenised(files, tokenizer, cache_dir, num_workers, columns)
     report = DataReport(Counts(**json.loads((folder / cache.COUNTS).read_text(encoding="utf-8"))), folder / cache.NOTES)

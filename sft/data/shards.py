@@ -1,4 +1,4 @@
-"""Shards: the files of records, found, and read one block at a time, whatever their form and encoding."""
+"""Shards: files of records, read one block at a time, whatever their form and encoding."""
 
 import codecs
 import gzip
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import parquet
+from python_calamine import CalamineError
 
 from sft.data.json_stream import (
     DECODER,
@@ -22,17 +22,18 @@ from sft.data.json_stream import (
     guess_encoding,
     read_some,
     reason_of,
-    spans_lines,
     values_of,
 )
-from sft.program import UserError, one_line
+from sft.data.kinds import TEXT_TABLES, NotRowsError, refuse_others, table_in, text_form
+from sft.data.tables import Row, arrow_batches, csv_rows, excel_sheets, parquet_batches, place_in_sheet
+from sft.program import one_line
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+LINE_FORMS = ("lines", *TEXT_TABLES)  # whose rows are numbered by lines
 SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
 BLOCK_RECORDS = 1000  # enough for a batched tokenizer, few enough to hold many blocks in memory
 BLOCK_BYTES = 4 * 2**20
 NUM_NAMED = 20  # refused rows that are printed; data_report.jsonl lists all
-FAULTS = (BrokenError, pa.ArrowException, *READ_ERRORS)
+FAULTS = (BrokenError, pa.ArrowException, CalamineError, *READ_ERRORS)
 
 
 @dataclass(frozen=True)
@@ -50,58 +51,15 @@ class Block:
     """Some consecutive records of a shard, not yet parsed, and the fault, if any, that makes the rest unreadable."""
 
     shard: Path
-    form: str  # "lines", "array", "objects" or "parquet"
+    form: (
+        str  # "lines", "array", 'array in "KEY"', "objects", "csv", "tsv", "excel SHEETS", "arrow", "parquet", "unread"
+    )
     encoding: str
     start: int  # the line of the first record, or its index
-    records: list[bytes | None] | list[object] | pa.RecordBatch  # None stands for a line that is too long
+    # None stands for a line that is too long, and in a table for none; there a string says why a row is refused.
+    records: list[bytes | None] | list[Row] | list[object] | pa.RecordBatch
     position: int  # bytes of the shard read so far
     fault: Refused | None = None
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def find_shards(path: str, flag: str = "--data_path") -> list[Path]:
-    """Return the shards at `path`, a file or a folder searched recursively, sorted; hidden ones are ignored.
-
-    Folders that cannot be listed are included, so that reading them reports the fault. Raises UserError, naming the
-    `flag` that gave the path, if the path does not exist or contains no shard.
-    """
-    root = Path(path)
-    try:
-        exists = root.exists()
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be reached ({one_line(error)}); give a path that you may read") from None
-    if not exists:
-        raise UserError(
-            f"{flag} {path} does not exist; expected a file of rows or a folder of them; "
-            "run data_proj/process_data.ipynb to make data_proj/opendata, or try data_proj/sample"
-        )
-    if not root.is_dir():
-        return [root]
-    shards = sorted(_walk(root))
-    if not shards:
-        raise UserError(
-            f"{flag} {path} contains no {', '.join(SUFFIXES)} file; expected files of rows such as {SHAPE}; "
-            "run data_proj/process_data.ipynb, or try data_proj/sample"
-        )
-    return shards
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    unlisted: list[OSError] = []
-    visited = set()  # links may lead back to a parent folder
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unlisted.append):
-        state = Path(folder).stat()
-        if (state.st_dev, state.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((state.st_dev, state.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(folder, name)
-    yield from (Path(error.filename) for error in unlisted)
 
 
 def size_of(shard: Path) -> int:
@@ -114,8 +72,13 @@ def size_of(shard: Path) -> int:
 
 
 def place_of(shard: Path, form: str, number: int) -> str:
-    """Return the place of a row, "file:line" or "file[index]", in printable characters."""
-    where = f":{number}" if form == "lines" else f"[{number}]"
+    """Return the place of a row, "file:line", "file[index]" or "file[sheet row 2]", in printable characters."""
+    if form == "unread":  # no row of it is known
+        where = ""
+    elif form.startswith("excel"):
+        where = f"[{place_in_sheet(form, number)}]"
+    else:
+        where = f":{number}" if form in LINE_FORMS else f"[{number}]"
     return printable(str(shard)) + where
 
 
@@ -128,33 +91,47 @@ def printable(name: str) -> str:
 
 
 def read_blocks(shard: Path) -> Iterator[Block]:
-    """Yield a shard block by block; memory does not grow with the shard.
+    """Yield a shard block by block; memory does not grow with the shard, unless that is an Excel file.
 
-    The content decides the form: Parquet, one JSON array, JSON objects over several lines, else JSON Lines, the last
-    three also compressed with gzip. Text is UTF-8 with or without a byte order mark, UTF-16 with one, or GB18030. If
-    the rest of a file is unreadable, its last block says so.
+    The content decides the form: Parquet, Arrow, Excel, one JSON array, perhaps in an object, JSON objects over several
+    lines, else JSON Lines, or CSV if the name says so; text may be compressed with gzip. Text is UTF-8 with or without
+    a byte order mark, UTF-16 with one, or GB18030. If the rest of a file is unreadable, its last block says so.
     """
-    start, position, form = 0, 0, "lines"
+    start, position, form = 0, 0, "unread"
     try:
         if not stat.S_ISREG(shard.stat().st_mode):
-            raise BrokenError("not a file" if not shard.is_dir() else "a folder that cannot be listed")
+            raise NotRowsError("not a file" if not shard.is_dir() else "a folder that cannot be listed")
         with shard.open("rb") as raw:
-            if raw.read(4) == b"PAR1":
-                form, blocks = "parquet", _parquet_blocks(shard)
+            if table := table_in(raw):
+                form, blocks = table, _table_blocks(shard, table)
             else:
-                form, encoding, mark = _look_into(_open(raw))
+                form, encoding, mark = _look_into(_open(raw), shard.name)
                 stream = _open(raw)  # again, since a stream that failed once may act as if it had ended
                 stream.seek(mark)
-                start = int(form == "lines")
+                start = int(form in LINE_FORMS)
                 blocks = _blocks(shard, form, encoding, start, _unparsed_records(stream, form, encoding), raw)
             for block in blocks:
-                start, position = block.start + len(block.records), block.position
+                form, start, position = block.form, block.start + len(block.records), block.position
                 yield block
     except FAULTS as error:
+        if form == "excel":  # not opened, so that no sheet is known
+            form = "unread"
         reason = str(error) if isinstance(error, BrokenError) else f"cannot be read ({one_line(error)})"
         size = size_of(shard)
         fault = Refused(place_of(shard, form, start), reason, max(0, size - position))
         yield Block(shard, form, "utf-8", start, [], size, fault)
+
+
+def _table_blocks(shard: Path, form: str) -> Iterator[Block]:
+    size = shard.stat().st_size
+    if form == "excel":
+        for form, start, rows in excel_sheets(shard):
+            yield Block(shard, form, "utf-8", start, rows, size)
+        return
+    start = 0
+    for batch, share in parquet_batches(shard) if form == "parquet" else arrow_batches(shard):
+        yield Block(shard, form, "utf-8", start, batch, int(size * share))
+        start += len(batch)
 
 
 def _blocks(
@@ -200,19 +177,21 @@ def _open(raw: io.BufferedReader) -> io.BufferedIOBase:
     return gzip.GzipFile(fileobj=raw) if is_packed else raw
 
 
-def _look_into(stream: io.BufferedIOBase) -> tuple[str, str, int]:
+def _look_into(stream: io.BufferedIOBase, name: str) -> tuple[str, str, int]:
     """Return the form and encoding of a text file, and the length of its byte order mark."""
     head = read_some(stream)
+    refuse_others(head, is_unpacked=isinstance(stream, gzip.GzipFile))
     marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
     mark = next((mark for mark in marks if head.startswith(mark)), b"")
     encoding = marks[mark] if mark else guess_encoding(stream, head)
     text = head[len(mark) :].decode(encoding, "replace").lstrip(" \t\r\n")
-    form = "array" if text.startswith("[") else "objects" if spans_lines(text) else "lines"
-    return form, encoding, len(mark)
+    return text_form(text, name), encoding, len(mark)
 
 
 def _unparsed_records(stream: io.BufferedIOBase, form: str, encoding: str) -> Iterator[tuple[object, int]]:
-    """Yield the records of a text file, each with its size: lines as UTF-8 or GB18030 bytes, others as JSON values."""
+    """Yield the records of a text file, each with its size: lines as UTF-8 or GB18030 bytes, others as values."""
+    if form in TEXT_TABLES:
+        return csv_rows(stream, encoding)
     if form != "lines":
         return values_of(stream, form, encoding)
     return _utf16_lines(stream, encoding) if encoding.startswith("utf-16") else _lines(stream)
@@ -239,46 +218,48 @@ def _utf16_lines(stream: io.BufferedIOBase, encoding: str) -> Iterator[tuple[byt
             text.detach()  # otherwise it would close the stream
 
 
-def _parquet_blocks(shard: Path) -> Iterator[Block]:
-    start, size = 0, shard.stat().st_size
-    with parquet.ParquetFile(shard, memory_map=True) as file:
-        num_rows = file.metadata.num_rows
-        for batch in file.iter_batches(BLOCK_RECORDS):
-            position = size * (start + len(batch)) // num_rows
-            yield Block(shard, "parquet", "utf-8", start, batch, position)
-            start += len(batch)
-
-
-# ---------------------------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------------------------- records
 
 
 def records_of(block: Block) -> Iterator[tuple[int, object]]:
-    """Yield each record of a block as (line or index, its value or a Refused); blank lines are skipped."""
-    if block.form == "parquet":
-        yield from _parquet_records(block)
-        return
-    for number, record in enumerate(block.records, block.start):
-        if block.form != "lines":
-            yield number, record
-        elif record is None:
+    """Yield each record of a block as (line or index, its value or a Refused); blank lines and rows are skipped."""
+    if isinstance(block.records, pa.RecordBatch):
+        yield from _batch_records(block)
+    elif block.form == "lines":
+        yield from _line_records(block)
+    elif block.form in TEXT_TABLES or block.form.startswith("excel"):
+        for number, row in enumerate(block.records, block.start):
+            if row is not None:
+                yield number, Refused(place_of(block.shard, block.form, number), row) if isinstance(row, str) else row
+    else:
+        yield from enumerate(block.records, block.start)
+
+
+def _line_records(block: Block) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(block.records, block.start):
+        if line is None:
             place = place_of(block.shard, block.form, number)
             yield number, Refused(place, f"over {MAX_RECORD_BYTES // 2**20} MiB long, too long for one row")
-        elif record.strip():
-            yield number, _parse_line(record, block, number)
+        elif line.strip():
+            yield number, _parse_line(line, block, number)
 
 
 def _parse_line(line: bytes, block: Block, number: int) -> object:
+    text = line.decode(block.encoding if block.encoding == "gb18030" else "utf-8", "surrogateescape")
     try:
-        return DECODER.decode(
-            line.decode(block.encoding if block.encoding == "gb18030" else "utf-8", "surrogateescape")
-        )
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
+        if (unended := text.rstrip()).endswith(","):  # as where an array's rows were copied without its brackets
+            try:
+                return DECODER.decode(unended[:-1])
+            except (ValueError, RecursionError):
+                pass
         where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         reason = f"invalid JSON ({reason_of(error)}{where})"
         return Refused(place_of(block.shard, block.form, number), reason, kind="invalid JSON")
 
 
-def _parquet_records(block: Block) -> Iterator[tuple[int, object]]:
+def _batch_records(block: Block) -> Iterator[tuple[int, object]]:
     names = block.records.schema.names if len(block.records) else []
     record = dict if len(set(names)) == len(names) else RepeatedKeys
     for number in range(len(block.records)):

@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-import httpx
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -19,11 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sft.machine import answers
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
 
 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")  # peft asks for it
-HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
 
 
 def locate(name_or_path: str, cache_dir: str | None = None) -> str:
@@ -37,7 +36,7 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
         return name_or_path
     if folder.is_file():
         raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
-    if not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
+    if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
         return name_or_path
     if cached := _cached_config(name_or_path, cache_dir):
         return str(Path(cached).parent)
@@ -48,14 +47,6 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
         f"{name_or_path} is not a folder, is not in the local cache, and {why}; give the path of a downloaded model "
         f"folder, or {remedy}"
     )
-
-
-def _answers(endpoint: str) -> bool:
-    try:
-        httpx.head(endpoint, timeout=HUB_TIMEOUT)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True
 
 
 def _cached_config(name: str, cache_dir: str | None) -> str | None:

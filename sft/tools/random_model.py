@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sft.data.files import find_shards
 from sft.data.formats import read_samples
-from sft.data.shards import find_shards
 from sft.program import ArgumentParser, UserError, run_program
 
 BLOOM_SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import cache, formats, shards
 from sft.data.encode import Encoder
+from sft.data.files import find_shards
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
 from sft.program import UserError, run_program
@@ -142,7 +143,7 @@ def names_in(cache_dir: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def expected(folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory):
     """What one process makes of the folder's rows."""
-    made = cache.tokenised(shards.find_shards(str(folder)), tokenizer, str(tmp_path_factory.mktemp("alone")), 1)
+    made = cache.tokenised(find_shards(str(folder)), tokenizer, str(tmp_path_factory.mktemp("alone")), 1)
     return contents(made)
 
 
@@ -155,7 +156,7 @@ def load(
 
 def assert_whole(folder: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, expected: tuple) -> None:
     """Tokenise, or find, the rows of a folder; nothing else is in the cache then."""
-    made = cache.tokenised(shards.find_shards(str(folder)), tokenizer, str(cache_dir), 2)
+    made = cache.tokenised(find_shards(str(folder)), tokenizer, str(cache_dir), 2)
     assert contents(made) == expected
     assert names_in(cache_dir) == {made.name}
 
@@ -166,7 +167,7 @@ def assert_whole(folder: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Pa
 def test_rows_and_notes_are_in_the_order_of_the_files(expected, folder, tokenizer):
     table, notes, counts = expected
     rows, places = [], []
-    for number, shard in enumerate(shards.find_shards(str(folder))[:3]):
+    for number, shard in enumerate(find_shards(str(folder))[:3]):
         for line, record in enumerate(map(json.loads, shard.read_text(encoding="utf-8").splitlines()), 1):
             if record["output"]:
                 rows.append((number, line))
@@ -183,7 +184,7 @@ def test_rows_and_notes_are_in_the_order_of_the_files(expected, folder, tokenize
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_several_processes_make_what_one_makes(num_workers, expected, folder, tokenizer, tmp_path):
     before = psutil.Process().children()
-    made = cache.tokenised(shards.find_shards(str(folder)), tokenizer, str(tmp_path), num_workers)
+    made = cache.tokenised(find_shards(str(folder)), tokenizer, str(tmp_path), num_workers)
     assert contents(made) == expected
     assert psutil.Process().children() == before
 

@@ -10,8 +10,8 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.encode import Encoder, check_length, cuts_at_the_template, encode_samples
+from sft.data.files import find_shards
 from sft.data.formats import Sample, read_samples
-from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt

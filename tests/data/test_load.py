@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from sft.data.cache import lengths_of
 from sft.data.collate import labels_of
 from sft.data.encode import encode_samples
+from sft.data.files import find_shards
 from sft.data.formats import Sample, read_samples
 from sft.data.load import hold_out, load_examples
-from sft.data.shards import find_shards
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt

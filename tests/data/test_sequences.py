@@ -9,9 +9,9 @@ from datasets import Dataset, Features, List, Value
 
 from sft.data import sequences
 from sft.data.encode import Encoder
+from sft.data.files import find_shards
 from sft.data.packing import PackedSequences
 from sft.data.sequences import SampleSequences, Sequences
-from sft.data.shards import find_shards
 from sft.data.streaming import StreamedSequences
 from sft.model.load import load_tokenizer
 from sft.program import UserError

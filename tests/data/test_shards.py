@@ -1,13 +1,14 @@
-"""Which files are read, how values come out of them, and what is said of a file that is wrong."""
+"""How values come out of files of JSON, and what is said of a file that is wrong."""
 
 import codecs
+import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from sft.data.shards import Block, Refused, find_shards, read_blocks, records_of
-from sft.program import UserError
+from sft.data.shards import Block, Refused, read_blocks, records_of
 from support.files import GOOD, RECORDS, as_lines, write
 
 
@@ -23,53 +24,6 @@ def last_block(file: Path) -> Block:
     [block] = read_blocks(file)
     assert "\n" not in block.fault.reason
     return block
-
-
-# ----------------------------------------------------------------------------------------------------------- the files
-
-
-def test_files_are_sorted_and_hidden_ones_ignored(tmp_path: Path):
-    names = ["b.json", "a.jsonl", "sub/c.json", ".hidden.json", ".ipynb_checkpoints/b.json", "sub/.x/d.json", "e.txt"]
-    names += ["f.jsonl.gz", "sub/g.parquet", "h.JSON.GZ", "i.gz"]
-    for name in reversed(names):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(GOOD)
-    (tmp_path / "folder.json").mkdir()
-    assert [str(file.relative_to(tmp_path)) for file in find_shards(str(tmp_path))] == [
-        "a.jsonl",
-        "b.json",
-        "f.jsonl.gz",
-        "h.JSON.GZ",
-        "sub/c.json",
-        "sub/g.parquet",
-    ]
-
-
-def test_hidden_folder_above_the_data_does_not_matter(tmp_path: Path):
-    (tmp_path / ".home").mkdir()
-    file = write(tmp_path / ".home", GOOD)
-    assert find_shards(str(tmp_path / ".home")) == [file]
-
-
-def test_a_file_is_read_whatever_its_name(tmp_path: Path):
-    file = write(tmp_path, GOOD, "rows.txt")
-    assert find_shards(str(file)) == [file]
-    assert values_in(file) == [(1, json.loads(GOOD))]
-
-
-def test_missing_path_is_named_with_its_flag(tmp_path: Path):
-    with pytest.raises(UserError) as caught:
-        find_shards(str(tmp_path / "nowhere"), "--eval_data_path")
-    assert str(caught.value).startswith(f"--eval_data_path {tmp_path / 'nowhere'} does not exist")
-    assert "\n" not in str(caught.value)
-
-
-def test_folder_without_shards_is_named_with_its_flag(tmp_path: Path):
-    write(tmp_path, GOOD, "rows.txt")
-    with pytest.raises(UserError) as caught:
-        find_shards(str(tmp_path))
-    assert str(caught.value).startswith(f"--data_path {tmp_path} contains no")
-    assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------- lines and arrays
@@ -167,3 +121,103 @@ def test_an_array_that_breaks_off_keeps_what_came_before_and_names_the_index(tmp
     assert 0 <= block.fault.num_bytes <= file.stat().st_size
     if not bad.endswith(",\n"):  # which breaks off at its very end
         assert block.fault.num_bytes
+
+
+# ------------------------------------------------------------------------------------------------------- other brackets
+
+
+def test_a_file_of_rows_is_read_whatever_its_name(tmp_path: Path):
+    for name in ("rows.txt", "rows", "rows.csv", "rows.parquet"):
+        assert values_in(write(tmp_path, GOOD, name)) == [(1, json.loads(GOOD))]
+
+
+@pytest.mark.parametrize("end", [",", " , "])
+def test_a_comma_behind_the_last_row_is_nothing(tmp_path: Path, end: str):
+    records = [json.loads(GOOD)] * 2
+    spread = json.dumps(records[0], indent=1)
+    for content in (f"[{GOOD},{GOOD}{end}]", f"{GOOD}{end}\n{GOOD}{end}\n", f"{spread}{end}\n{spread}{end}"):
+        assert [value for _, value in values_in(write(tmp_path, content))] == records
+
+
+def test_each_line_that_is_an_array_is_a_row(tmp_path: Path):
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "春夏秋"]
+    for end in ("", ","):
+        file = write(tmp_path, "\n".join(json.dumps(each) + end for each in turns))
+        assert values_in(file) == list(enumerate(turns, 1))
+    assert values_in(write(tmp_path, json.dumps(turns[0]))) == [(1, turns[0])]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_arrays_in_one_array_are_its_elements(tmp_path: Path, indent: int | None):
+    rows = [[{"role": "user"}], [{"role": "user"}]]
+    assert values_in(write(tmp_path, json.dumps(rows, indent=indent))) == list(enumerate(rows))
+    assert values_in(write(tmp_path, "[[1],\n[2]\n]")) == [(0, [1]), (1, [2])]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "instances", "rows", "examples", "items", "train"])
+def test_an_object_around_the_rows_is_read_like_an_array(tmp_path: Path, key: str, indent: int | None):
+    rows = [{"ask": "\n".join("春夏"), "say": str(number)} for number in range(2500)]
+    around = {"type": "x", "version": 1.5, "note": None, key: rows, "test": [{"ask": "冬"}], "data_": {"n": 1}}
+    file = write(tmp_path, json.dumps(around, indent=indent, ensure_ascii=False))
+    assert values_in(file) == list(enumerate(rows))
+    blocks = list(read_blocks(file))
+    assert {block.form for block in blocks} == {f'array in "{key}"'} and len(blocks) == 3
+    packed = write(tmp_path, gzip.compress(codecs.BOM_UTF16_LE + json.dumps(around).encode("utf-16-le")))
+    assert [value for _, value in values_in(packed)] == rows
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('{"rows": [{"a": 1}', "expected , or ] after an element"),
+        ('{"rows": [{"a": 1}]', "expected , or } after a value"),
+        ('{"rows": [{"a": 1}], "more"}', "expected :"),
+        ('{"rows":\n [{"a": 1}]} end', "more text follows the closing }"),
+    ],
+)
+def test_an_object_around_the_rows_that_breaks_off_keeps_what_came_before(tmp_path: Path, bad: str, said: str):
+    file = write(tmp_path, bad)
+    block = last_block(file)
+    assert list(records_of(block)) == [(0, {"a": 1})]
+    assert block.fault.place == f"{file}[1]"
+    assert block.fault.reason == f"the rest of the file is unreadable: {said}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"data": ["问", "答"]},
+        {"data": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+        {"id": 7, "items": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+        {"name": "task", "instruction": "译", "instances": [{"input": "问", "output": "答"}]},
+        {"data": []},
+        {"columns": ["a"], "data": [{"a": 1}]},
+        {"more": [{"a": 1}]},
+    ],
+)
+def test_a_row_with_an_array_of_its_own_is_a_row(tmp_path: Path, row: dict):
+    assert values_in(write(tmp_path, json.dumps(row))) == [(1, row)]
+    assert values_in(write(tmp_path, json.dumps(row, indent=1))) == [(0, row)]
+    assert values_in(write(tmp_path, as_lines([row] * 3))) == [(number, row) for number in (1, 2, 3)]
+
+
+def test_lines_or_objects_that_each_have_rows_are_not_the_object_around_them(tmp_path: Path):
+    rows = [{"rows": [{"a": 1}, {"a": 2}]}] * 2
+    for content in (as_lines(rows), "".join(json.dumps(row, indent=1) for row in rows)):
+        assert [value for _, value in values_in(write(tmp_path, content))] == rows
+
+
+def test_memory_does_not_grow_with_the_rows_in_an_object(tmp_path: Path):
+    file = tmp_path / "rows.json"
+    with file.open("w") as lines:
+        lines.write('{"type": "pairs", "instances": [{"a": ""}')
+        lines.writelines(f', {{"a": "{"x" * 10_000}"}}' for _ in range(5000))
+        lines.write('], "test": [0')
+        lines.writelines(f', "{"x" * 10_000}"' for _ in range(5000))
+        lines.write("]}")
+    tracemalloc.start()
+    assert sum(len(block.records) for block in read_blocks(file)) == 5001
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20 < file.stat().st_size / 4

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import formats, streaming
 from sft.data.encode import Encoder
+from sft.data.files import find_shards
 from sft.data.load import load_examples
-from sft.data.shards import find_shards
 from sft.data.streaming import StreamedSequences
 from sft.model.load import load_tokenizer
 from sft.program import OneRankError, UserError

@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from sft import IGNORE_INDEX
 from sft.data import cache, json_stream, shards
 from sft.data.collate import labels_of
+from sft.data.files import find_shards
 from sft.data.formats import Sample, read_all
 from sft.data.load import load_examples
 from sft.data.report import NOTES, DataReport
-from sft.data.shards import NUM_NAMED, Refused, find_shards
+from sft.data.shards import NUM_NAMED, Refused
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from support.dirt import GOOD, Kind, around, array, dump, lines, row
@@ -68,7 +69,8 @@ def texts(row: Sample) -> dict[str, str]:
 
 
 def numbers(found: list[Sample | Refused]) -> list[int]:
-    return [int(re.search(r"(\d+)\]?$", each.place)[1]) for each in found]
+    """Return the lines or indices of rows, but of files as a whole, which have none."""
+    return [int(number[1]) for each in found if (number := re.search(r"[:[ ](\d+)\]?$", each.place))]
 
 
 # --------------------------------------------------------------------------------------------------------- each kind
@@ -146,7 +148,7 @@ def test_an_unreadable_file_is_one_refused_row(tmp_path: Path):
         tmp_path, lambda: [[each.place, each.reason, each.num_bytes] for each in read_all(Path("rows.json"))]
     )
     reason = "cannot be read ([Errno 13] Permission denied: 'rows.json')"
-    assert said == [["rows.json:0", reason, len(lines(*GOOD).encode())]]
+    assert said == [["rows.json", reason, len(lines(*GOOD).encode())]]
 
 
 def test_a_folder_that_cannot_be_listed_is_one_refused_row(tmp_path: Path):
@@ -160,7 +162,7 @@ def test_a_folder_that_cannot_be_listed_is_one_refused_row(tmp_path: Path):
 
     said = as_nobody(tmp_path, read)
     (tmp_path / "closed").chmod(0o700)  # for pytest to remove it
-    assert said == [["closed:0", "a folder that cannot be listed"], *([f"open.json:{n}", ""] for n in (1, 2, 3))]
+    assert said == [["closed", "a folder that cannot be listed"], *([f"open.json:{n}", ""] for n in (1, 2, 3))]
 
 
 def test_a_path_in_a_closed_folder_is_the_users_mistake(tmp_path: Path):
@@ -291,6 +293,23 @@ def tell(report: DataReport, output: Path) -> None:
     data_args = train_sft.DataArguments(data_path="rows")
     output.mkdir(exist_ok=True)
     train_sft.report_data(data_args, SimpleNamespace(output_dir=str(output), process_index=0), {"data": report})
+
+
+def test_what_is_skipped_in_a_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import train_sft
+
+    write_good(tmp_path / "rows" / "a.json")
+    for name in ("notes.txt", "more.txt", "state.json", "README.md", ".hidden"):
+        write_good(tmp_path / "rows" / name)
+    data_args = train_sft.DataArguments(
+        data_path=str(tmp_path / "rows"), eval_data_path=str(tmp_path / "rows" / "a.json")
+    )
+    train_sft.report_data(data_args, SimpleNamespace(output_dir=str(tmp_path), process_index=0), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped  state.json: about the data, no rows",
+        "skipped  2 files: hidden, or a licence, a README or an image",
+        "skipped  more.txt and 1 more: no rows are read from .txt files",
+    ]
 
 
 @pytest.mark.parametrize("num_refused", [0, 1, 2])

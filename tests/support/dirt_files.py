@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import os
+import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,10 @@ from support.dirt import (
     row,
     value_kinds,
 )
+from support.workbook import workbook
 
 CANNOT_BE_READ = "cannot be read ("
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 # ---------------------------------------------------------------------------------------------------------------- gzip
 
@@ -115,6 +118,75 @@ def parquet_kinds() -> list[Kind]:
     ]
 
 
+# -------------------------------------------------------------------------------------------------------------- tables
+
+CSV = 'instruction,input,output\n甲,,一\n"乙\n丙",丁,二\t二\n戊。,," 三\n"\n'
+
+
+def arrow_bytes(new_writer: Callable = pa.ipc.new_stream, rows: list[dict] = GOOD) -> bytes:
+    table, buffer = pa.Table.from_pylist(rows), io.BytesIO()
+    with new_writer(buffer, table.schema) as writer:
+        for batch in table.to_batches(1000):
+            writer.write_batch(batch)
+    return buffer.getvalue()
+
+
+def csv_kinds() -> list[Kind]:
+    long, mixed = [*CSV.splitlines(), "己,庚"], f'{CSV}"己" 庚,,辛\n壬,,癸\n'
+    return [
+        Kind("CSV", CSV.encode(), name="rows.csv"),
+        Kind("CSV with a mark, CRLF", codecs.BOM_UTF8 + CSV.replace(",", ";").encode(), name="marked.csv"),
+        Kind("CSV in GB18030", CSV.encode("gb18030"), name="gb.csv"),
+        Kind("CSV in UTF-16, gzip", gzip.compress(CSV.encode("utf-16")), name="rows.csv.gz"),
+        Kind(
+            "CSV with a short row",
+            "\n".join(long).encode(),
+            GOOD,
+            {":7": "has 2 fields; the first row names 3"},
+            name="short.csv",
+        ),
+        Kind(
+            "CSV with a stray quote",
+            mixed.encode(),
+            [*GOOD, row(instruction="壬", input="", output="癸")],
+            {":7": "cannot be split into fields ("},
+            name="stray.csv",
+        ),
+        Kind(
+            "CSV with an open quote",
+            f'{CSV}己,,"庚\n'.encode(),
+            GOOD,
+            {":7": "a quote that opens in this row"},
+            name="open.csv",
+        ),
+        Kind(
+            "CSV of no names", b"1,2\n3,4\n", [], {":1": "the first row is ['1', '2']; expected names"}, name="none.csv"
+        ),
+        Kind("CSV, a column twice", b"a,a\n3,4\n", [], {":1": "names the column 'a' twice"}, name="twice.csv"),
+        Kind("CSV in gzip, cut", flushed(CSV), GOOD, {":7": CANNOT_GO_ON}, name="cut.csv.gz"),
+        Kind("CSV of nothing", b" \n\n", [], name="nothing.csv"),
+        Kind("JSON named .csv", lines(*GOOD).encode(), name="lines.csv"),
+        Kind("TSV", CSV.replace("二\t二", '"二\t二"').replace(",", "\t").encode(), name="rows.tsv"),
+    ]
+
+
+def table_kinds() -> list[Kind]:
+    many = arrow_bytes(rows=GOOD[:1] * 2000)
+    return [
+        Kind("Arrow stream", arrow_bytes(), name="stream.arrow"),
+        Kind("Arrow file named .json", arrow_bytes(pa.ipc.new_file)),
+        Kind("Arrow stream, cut", many[: 3 * len(many) // 4], GOOD[:1] * 1000, {"[1000]": CANNOT_BE_READ}),
+        Kind("Arrow file, cut", arrow_bytes(pa.ipc.new_file)[:-20], [], {"[0]": CANNOT_BE_READ}),
+        Kind("Excel", workbook({"问答": [list(GOOD[0]), *map(dict.values, GOOD)]}), name="rows.xlsx"),
+        Kind("Excel, cut", workbook({"a": [["b"]]})[:-30], [], {"": "a zip archive or .xlsx file that breaks off"}),
+        Kind("text named .xlsx", b"instruction", [], {"": "named .xlsx, but it does not begin as"}, name="text.xlsx"),
+        Kind("zip", gzip.compress(b"PK\x03\x04"), [], {"": "compressed once more"}),
+        Kind("pickle", pickle.dumps(GOOD), [], {"": "a Python pickle"}),
+        Kind("HTML", b"\n<!DOCTYPE html>\n<p>404", [], {"": "an HTML page, perhaps the error page"}),
+        Kind("Git LFS pointer", LFS, [], {"": "a Git LFS pointer, not the data; run git lfs pull"}, name="lfs.parquet"),
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -156,10 +228,10 @@ def make_unreadable(file: Path) -> None:
 
 
 def file_kinds() -> list[Kind]:
-    no_file = {":0": "not a file"}
-    missing, circle = ({":0": f"{CANNOT_BE_READ}[Errno {number}]"} for number in (2, 40))
+    no_file = {"": "not a file"}
+    missing, circle = ({"": f"{CANNOT_BE_READ}[Errno {number}]"} for number in (2, 40))
     read = os.geteuid() == 0  # root may read any file
-    unreadable = [] if read else {":0": f"{CANNOT_BE_READ}[Errno 13]"}
+    unreadable = [] if read else {"": f"{CANNOT_BE_READ}[Errno 13]"}
     odd_name = os.fsdecode("数据".encode("gbk") + b".json")
     return [
         Kind("folder with a shard's name", write_good, name="folder.json/rows.json"),
@@ -178,6 +250,15 @@ def file_kinds() -> list[Kind]:
 
 KINDS = [
     kind
-    for kinds in (value_kinds, encoding_kinds, line_kinds, array_kinds, gzip_kinds, parquet_kinds, file_kinds)
+    for kinds in (
+        value_kinds,
+        encoding_kinds,
+        line_kinds,
+        array_kinds,
+        gzip_kinds,
+        parquet_kinds,
+        table_kinds,
+        file_kinds,
+    )
     for kind in kinds()
 ]
