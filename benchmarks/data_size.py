@@ -18,7 +18,7 @@ import psutil
 from datasets import Dataset
 
 from benchmarks import measure
-from benchmarks.tokenise import make_tokenizer, write_rows
+from benchmarks.tokenise import add_tokenizer_arguments, make_tokenizer, tokenizer_arguments, write_rows
 from sft.data.load import load_examples
 from sft.data.packing import PackedSequences
 from sft.model.load import load_tokenizer
@@ -77,7 +77,7 @@ def measure_size(rows: int, options: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", options.data, rows)
-        make_tokenizer(options.data, "bloom", options.vocab_size, folder)
+        make_tokenizer(options.data, options.family, options.vocab_size, folder)
         command = [sys.executable, "-m", "benchmarks.data_size", "--data", options.data, "--rows", str(rows)]
         command += ["--processes", str(options.processes), "--only", name]
         first, second = watch(command), watch(command)
@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="rows from whose clauses the measured rows are made")
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000_000], help="numbers of rows to measure")
     parser.add_argument("--processes", type=int, default=2, help="processes that tokenise")
-    parser.add_argument("--vocab_size", type=int, default=32_768, help="entries of the tokenizer, trained on --data")
+    add_tokenizer_arguments(parser)
     parser.add_argument("--scratch", type=Path, help="a folder for the temporary rows and their cache")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # the process that loads: its folder
@@ -125,6 +125,7 @@ def main() -> None:
         return
     lines = [measure_size(rows, options) for rows in options.rows]
     given = f"--rows {' '.join(map(str, options.rows))} --processes {options.processes}"
+    given += f" {' '.join(tokenizer_arguments(options))}"
     command = f"python -m benchmarks.data_size --data {Path(options.data).name} {given}"
     result = {
         "command": command,
@@ -132,7 +133,8 @@ def main() -> None:
         "versions": measure.versions(),
         "lines": lines,
     }
-    measure.save(options.output, "data-size", result, table_of(result))
+    name = "data-size" if options.family == "bloom" else f"data-size-{options.family}"
+    measure.save(options.output, name, result, table_of(result))
 
 
 if __name__ == "__main__":

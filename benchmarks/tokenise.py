@@ -1,6 +1,7 @@
 """Rows tokenised a second: this project beside the original's way, on the same rows by as many processes, in one run.
 
     python -m benchmarks.tokenise --data rows.json --rows 20000 --processes 2 --rounds 2
+    python -m benchmarks.tokenise ... --family falcon      with Falcon's own tokenizer
 
 Both read one file of JSON Lines and write Arrow, each in a process of its own, one after the other, and both again in
 each round. The rows are spliced from the clauses of --data, so that no text stands twice.
@@ -8,9 +9,11 @@ each round. The rows are spliced from the clauses of --data, so that no text sta
 
 import argparse
 import copy
+import gzip
 import json
 import random
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,6 +33,8 @@ from sft.program import ArgumentParser, UserError, run_program
 from sft.prompts import build_prompt
 from sft.tools.random_model import read_texts, train_tokenizer
 
+FALCON_TOKENIZER = Path(__file__).parent / "falcon_tokenizer"
+VOCAB_SIZE = 32_768  # entries of a tokenizer that is trained
 CLAUSE = re.compile(r"[^。，！？；：\n]+[。，！？；：\n]*")
 
 
@@ -57,9 +62,20 @@ def write_rows(path: Path, data: str, number: int, seed: int = 0) -> None:
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def make_tokenizer(data: str, family: str, vocab_size: int, folder: Path) -> None:
-    """Save a tokenizer of a family, trained on the rows of `data`."""
-    train_tokenizer(family, read_texts(data), vocab_size).save_pretrained(folder)
+def save_falcon_tokenizer(folder: Path) -> None:
+    """Save Falcon's own tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = (FALCON_TOKENIZER / "tokenizer.json.gz").read_bytes()
+    (folder / "tokenizer.json").write_bytes(gzip.decompress(packed))
+    shutil.copy(FALCON_TOKENIZER / "tokenizer_config.json", folder)
+
+
+def make_tokenizer(data: str, family: str, vocab_size: int | None, folder: Path) -> None:
+    """Save a tokenizer of a family, trained on the rows of `data`; without a size, Falcon's is its own."""
+    if family == "falcon" and vocab_size is None:
+        save_falcon_tokenizer(folder)
+    else:
+        train_tokenizer(family, read_texts(data), vocab_size or VOCAB_SIZE).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------- the original's way
@@ -119,6 +135,22 @@ def table_of(result: dict) -> str:
     return measure.markdown(["way", "rows/s", "ratio"], lines)
 
 
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose what `make_tokenizer` makes."""
+    parser.add_argument("--family", choices=("bloom", "falcon"), default="bloom", help="whose tokenizer")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        help=f"entries of a tokenizer trained on --data; by default {VOCAB_SIZE:,}, or Falcon's own tokenizer",
+    )
+
+
+def tokenizer_arguments(options: argparse.Namespace) -> list[str]:
+    """Return those arguments as given."""
+    size = [] if options.vocab_size is None else ["--vocab_size", str(options.vocab_size)]
+    return ["--family", options.family, *size]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description="Compare how fast rows are tokenised.")
@@ -126,8 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=20_000, help="rows to tokenise")
     parser.add_argument("--processes", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--rounds", type=int, default=2, help="how often each way is measured")
-    parser.add_argument("--family", choices=("bloom", "falcon"), default="bloom", help="whose tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=32_768, help="entries of the tokenizer, trained on --data")
+    add_tokenizer_arguments(parser)
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a row at most")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # the process of one way: its name and folder
@@ -140,8 +171,9 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure_way(options.only[0], Path(options.only[1]), options)))
         return
-    names = ("data", "rows", "processes", "rounds", "family", "vocab_size", "max_length")
+    names = ("data", "rows", "processes", "rounds", "max_length")
     given = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
+    given += tokenizer_arguments(options)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder, "rows.jsonl"), options.data, options.rows)

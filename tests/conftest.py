@@ -75,6 +75,20 @@ def tokenizer(request: pytest.FixtureRequest, make_model: Callable[[str], Path])
     return load_tokenizer(str(make_model(request.param)))
 
 
+@pytest.fixture(scope="session")
+def real_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny Falcon with the tokenizer of the real ones."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    from benchmarks.tokenise import save_falcon_tokenizer
+
+    folder = tmp_path_factory.mktemp("real_falcon")
+    save_falcon_tokenizer(folder)
+    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=11, eos_token_id=11)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def device() -> str:
     """Return the device on which a test computes; gpu/ has another one."""

@@ -1,6 +1,5 @@
 """Samples to token ids: prompts and answers separately, each text once, the template's own text once for all."""
 
-import copy
 import json
 import re
 from bisect import bisect_left
@@ -199,14 +198,16 @@ def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a copy of a tokenizer's backend that takes the names of special tokens in a text as plain text.
+    """Return another backend of a tokenizer that takes the names of special tokens in a text as plain text.
 
-    A copy, since each call of `tokenizer` sets anew how its own backend takes them.
+    Another, since each call of `tokenizer` sets anew how its own backend takes them.
     """
-    plain = copy.deepcopy(tokenizer.backend_tokenizer)
+    own = tokenizer.backend_tokenizer
+    plain = Tokenizer(own.model)  # shared, since to copy BLOOM's takes a second
+    plain.normalizer, plain.pre_tokenizer, plain.post_processor = own.normalizer, own.pre_tokenizer, own.post_processor
+    plain.add_tokens([token for _, token in sorted(own.get_added_tokens_decoder().items())])
+    assert plain.get_added_tokens_decoder() == own.get_added_tokens_decoder()
     plain.encode_special_tokens = True
-    plain.no_truncation()
-    plain.no_padding()
     special = [(name, id) for name, id in special_tokens(tokenizer).items() if len(name) > 1]
     mergeable = [name for name, id in special if [token.id for token in plain.model.tokenize(name)] == [id]]
     if mergeable:  # as in a vocabulary trained on texts with such names; a cut within the name keeps it apart
@@ -224,10 +225,12 @@ def faster_backend(backend: Tokenizer) -> "fastokens.Tokenizer | None":
     """
     if fastokens is None:
         return None
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+    state, key = backend.to_str(), '"added_tokens":'
+    start = state.index(key) + len(key)
+    added, end = json.JSONDecoder().raw_decode(state, start)  # the whole takes a second for BLOOM's
+    ordinary = json.dumps([token for token in added if not token["special"]])
     try:
-        return fastokens.Tokenizer.from_json_str(json.dumps(state))
+        return fastokens.Tokenizer.from_json_str(state[:start] + ordinary + state[end:])
     except ValueError:
         return None
 

@@ -115,8 +115,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False, **extra)
     except Exception as error:
         raise UserError(
-            f"the tokenizer of {name_or_path} cannot be loaded ({one_line(error)}); expected tokenizer.json and "
-            "tokenizer_config.json beside config.json; copy them from the base model"
+            f"the tokenizer of {name_or_path} cannot be loaded ({one_line(error)}); expected tokenizer.json or "
+            "tokenizer.model, and tokenizer_config.json, beside config.json; copy them from the base model"
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
@@ -125,11 +125,22 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    begins = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-    tokenizer.chat_template = chat_template(tokenizer.bos_token if begins else "", tokenizer.eos_token)
+    tokenizer.chat_template = chat_template(_beginning(tokenizer), tokenizer.eos_token)
     # Falcon's forward takes no token types, which older tokenizer files would add.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a template begins with, so that its text has the ids of a prompt that the tokenizer begins itself."""
+    expected, bos = tokenizer("x").input_ids, tokenizer.bos_token
+    if expected[0] != tokenizer.bos_token_id:
+        return ""
+    # Llama's tokenizer puts a space before a text, but not before one that follows a special token.
+    for space in ("", " "):
+        if tokenizer(f"{bos}{space}x", add_special_tokens=False).input_ids == expected:
+            return bos + space
+    return bos
 
 
 def load_adapter(

@@ -3,9 +3,9 @@
     python -m sft.tools.trim_vocab bigscience/bloom-560m output_dir/bloom-560m-zh --data data_proj/opendata
     python -m sft.tools.trim_vocab ... --keep_top 20000      no more than the 20,000 most frequent tokens of the data
 
-It keeps the tokens that occur in the data, those that they are merged from, the 256 bytes, the special tokens and those
-of the prompt. The data is split into the same tokens as before; other text is split into more tokens, down to bytes,
-and nothing is lost.
+It keeps the tokens that occur in the data, those that they are merged from, the single bytes, the special tokens and
+those of the prompt. The data is split into the same tokens as before; other text is split into more tokens, down to
+bytes, and nothing is lost.
 
 Symbols: V = tokens of the vocabulary, K = tokens kept, H = hidden size.
 """
@@ -88,11 +88,15 @@ class Merges:
 
 
 def state_of(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return a tokenizer's state; raise UserError if it is not a byte-level BPE, which can write any text."""
+    """Return a tokenizer's state; raise UserError if it is not a byte-level BPE, which can write any text.
+
+    Falcon's lacks bytes that no text has, and some control characters.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, vocabulary = state["model"], state["model"].get("vocab", ())
+    model = state["model"]
     affixes = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    if model["type"] != "BPE" or affixes or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary):
+    is_byte_level = "ByteLevel" in json.dumps([state["normalizer"], state["pre_tokenizer"]])
+    if model["type"] != "BPE" or affixes or not is_byte_level:
         raise UserError(
             f"the tokenizer is a {model['type']} that is not byte-level or adds affixes; expected a byte-level BPE, as "
             "BLOOM and Falcon have; train the model with its full vocabulary"
@@ -102,7 +106,8 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 def pinned_ids(tokenizer: PreTrainedTokenizerBase, settings: Iterable[PretrainedConfig | GenerationConfig]) -> set[int]:
     """Return the ids that are always kept: bytes, special and added tokens, those of prompt and configurations."""
-    names = [*pre_tokenizers.ByteLevel.alphabet(), *tokenizer.get_added_vocab(), *tokenizer.all_special_tokens]
+    letters = tokenizer.get_vocab().keys() & set(pre_tokenizers.ByteLevel.alphabet())
+    names = [*letters, *tokenizer.get_added_vocab(), *tokenizer.all_special_tokens]
     pinned = set(tokenizer.convert_tokens_to_ids(names))
     template = chain.from_iterable(map(prompts.split_prompt, ("", ""), ("", "-")))
     for text in (*template, prompts.write_turn(("", ""))):

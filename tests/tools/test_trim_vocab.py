@@ -122,6 +122,21 @@ def test_names_of_special_tokens_stay_plain_text(shape, trim, make_model, few_ro
             assert small.convert_ids_to_tokens(after.answer) == tokenizer.convert_ids_to_tokens(before.answer)
 
 
+def test_the_real_falcon_is_trimmed(trim, real_falcon, few_rows, tmp_path):
+    trim(real_falcon)
+    (model, tokenizer), (small_model, small_tokenizer) = loaded(real_falcon), loaded(tmp_path / "small")
+    assert len(tokenizer) == 65_024 and len(small_tokenizer) == small_model.config.vocab_size < 2_000
+    kept = tokenizer.convert_tokens_to_ids(small_tokenizer.convert_ids_to_tokens(range(len(small_tokenizer))))
+    for task in [task for row in few_rows[1] for task in replies_of(row)]:
+        ids, small_ids = tensors_of(task, tokenizer)[0], tensors_of(task, small_tokenizer)[0]
+        assert [kept[id] for id in small_ids[0]] == ids[0].tolist()
+        with torch.no_grad():
+            logits, small_logits = model(ids).logits, small_model(small_ids).logits
+        torch.testing.assert_close(small_logits, logits[..., kept], rtol=1e-6, atol=1e-6)
+    for text in [*OTHER_TEXT, "".join(tokenizer.all_special_tokens)]:
+        assert small_tokenizer.decode(small_tokenizer(text, split_special_tokens=True).input_ids) == text
+
+
 def test_what_is_saved_is_said_and_true(trim, make_model, few_rows, tmp_path):
     printed = trim(make_model("bloom-tiny")).stdout
     (model, tokenizer), (small_model, small_tokenizer) = loaded(make_model("bloom-tiny")), loaded(tmp_path / "small")
@@ -242,6 +257,10 @@ def test_a_tokenizer_that_cannot_write_bytes_is_refused(tmp_path):
     backend = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="is a WordLevel that is not byte-level .*; expected a byte-level BPE"):
+        state_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    backend = Tokenizer(models.BPE({**pieces, "▁": len(pieces)}, [], byte_fallback=True))  # as Llama's
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    with pytest.raises(UserError, match="is a BPE that is not byte-level"):
         state_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
