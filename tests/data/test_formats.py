@@ -154,6 +154,23 @@ def test_what_is_written_in_another_way_is_read_as_what_it_means(tmp_path: Path,
         assert (row.history, row.system, row.note, row.remarks) == ((), "", "", ())
 
 
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["一", "二", "三", "四"],
+        [["一", "二"], ["三", "四"]],
+        [{"instruction": "一", "output": "二"}, {"question": "三", "answer": "四"}],
+        [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}],
+        [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "一二三四", strict=True)],
+    ],
+)
+def test_a_history_is_one_in_any_form(tmp_path: Path, history: list):
+    record = {"instruction": "你", "output": "好", "history": history}
+    [row] = read_samples(write(tmp_path, json.dumps(record)))
+    assert (row.history, row.instruction, row.output) == ((("一", "二"), ("三", "四")), "你", "好")
+    assert row.remarks == ()
+
+
 def test_what_is_noted_of_keys_can_be_printed_by_any_terminal(tmp_path: Path):
     record = {"instruction": "你", "output": "好", "\ud83d": 1, "a\nb": 1, "长" * 1000: 1}
     [row] = read_samples(write(tmp_path, json.dumps(record)))
