@@ -116,6 +116,7 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
     layout = layout_of(tuple(key for key in keys if key not in plain), columns)
     remarks = [f"{NOT_READ}{shortened(key)}" for key in (*layout.unread, *plain, *_check_verdicts(record, layout))]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
+    system = system if system.strip() else ""
     talk = _talk(record, layout)
     if talk:
         sample = _from_talk(talk, record, layout, system, place)

@@ -52,6 +52,7 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     """
     remarks: dict[str, None] = {}
     said = [each for number, turn in enumerate(_listed(turns, name), 1) for each in _said(turn, number, remarks)]
+    said = [each for each in said if each.speaker != "system" or each.text.strip()]
     if not all(each.text.strip() for each in said):
         raise RefusedError("a turn is empty")
     joined = _joined(said)
