@@ -97,7 +97,7 @@ def name_of(key: str) -> str:
 
 def quoted(keys: Sequence[str]) -> str:
     """Return keys for people, long ones shortened."""
-    shown = [f'"{key if len(key) <= 40 else key[:40] + "..."}"' for key in keys[:MAX_NAMED]]
+    shown = [f'"{shortened(key)}"' for key in keys[:MAX_NAMED]]
     if len(keys) > MAX_NAMED:
         shown.append(f"{len(keys) - MAX_NAMED} more")
     return ", ".join(shown).encode("utf-8", "backslashreplace").decode()
@@ -154,6 +154,16 @@ def _by_role(keys: tuple[str, ...], columns: Columns) -> tuple[dict[str, list[st
             role = None if role in decided else role
         (found[role] if role else rest).append(key)
     return found, rest
+
+
+def keys_of(role: str, keys: Sequence[str], columns: Columns) -> list[str]:
+    """Return the keys that would have a role, whatever stands under them."""
+    return _by_role(tuple(keys), columns)[0][role]
+
+
+def shortened(key: str) -> str:
+    """Return a key for people."""
+    return key if len(key) <= 40 else key[:40] + "..."
 
 
 def _only(role: str, names: list[str]) -> str | None:

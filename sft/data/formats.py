@@ -11,23 +11,27 @@ from sft.data.columns import (
     BY_NAME,
     MESSAGES,
     NOT_READ,
+    ROLE_OF,
     Columns,
     ColumnsError,
     Layout,
+    keys_of,
     layout_of,
     missing,
     name_of,
     quoted,
+    shortened,
 )
 from sft.data.json_stream import RepeatedKeys
 from sft.data.shards import Block, Refused, place_of, read_blocks, records_of
-from sft.data.texts import RefusedError, brief, text_of
-from sft.data.turns import TEXT_KEYS, Talk, read_talk
+from sft.data.texts import RefusedError, brief, text_of, visible
+from sft.data.turns import SPEAKER_KEYS, SPEAKERS, Talk, read_reply, read_talk
 from sft.program import UserError
 from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
-NO_VALUE = (None, "", [], {}, "[]", "{}")  # as good as no key at all
+NO_VALUE = (None, "", [], {})  # as good as no key at all
+NO_LIST = ("[]", "{}")  # nor are these, where no text is expected
 IMAGE = "<image>"  # stands in a text where a picture was
 
 
@@ -73,9 +77,11 @@ def to_sample(value: object, place: str, columns: Columns = BY_NAME) -> Sample |
     try:
         return _sample(_record(value), place, columns)
     except ColumnsError as error:
-        return Refused(place, str(error))
+        return Refused(place, visible(str(error)))
     except RefusedError as error:
-        return Refused(place, str(error), kind=error.kind)
+        return Refused(place, visible(str(error)), kind=visible(error.kind))
+    except RecursionError:
+        return Refused(place, "a value is nested too deeply")
 
 
 def _record(value: object) -> dict:
@@ -83,6 +89,8 @@ def _record(value: object) -> dict:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         return _record(value[0])
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        if _are_rows(value):
+            raise RefusedError("a list of rows in one row; write each row alone")
         return {"messages": value}
     if not isinstance(value, dict):
         raise RefusedError(f"a JSON {type(value).__name__}; expected an object")
@@ -91,12 +99,30 @@ def _record(value: object) -> dict:
     return value
 
 
+def _are_rows(turns: object) -> bool:
+    """Tell whether a list holds rows, each a question and an answer of its own, rather than turns."""
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict)
+        and not any(key in turn for key in SPEAKER_KEYS)
+        and any(ROLE_OF.get(name_of(key)) == "output" and name_of(key) not in SPEAKERS for key in turn)
+        for turn in turns
+    )
+
+
+def _has_value(key: str, value: object, columns: Columns) -> bool:
+    """Tell whether there is a value under a key; "[]" is one where it may be a question or an answer."""
+    if value in NO_LIST:
+        return any(key in keys_of(role, (key,), columns) for role in ("instruction", "input", "output"))
+    return value not in NO_VALUE
+
+
 def _sample(record: dict, place: str, columns: Columns) -> Sample:
-    keys = [key for key, value in record.items() if value not in NO_VALUE]
+    keys = [key for key, value in record.items() if _has_value(key, value, columns)]
     plain = [key for key in keys if key in MESSAGES and not isinstance(record[key], list | dict)]  # such as a date
     layout = layout_of(tuple(key for key in keys if key not in plain), columns)
-    remarks = [f"{NOT_READ}{key}" for key in (*layout.unread, *plain, *_check_verdicts(record, layout))]
+    remarks = [f"{NOT_READ}{shortened(key)}" for key in (*layout.unread, *plain, *_check_verdicts(record, layout))]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
+    system = system if system.strip() else ""
     talk = _talk(record, layout)
     if talk:
         sample = _from_talk(talk, record, layout, system, place)
@@ -107,8 +133,8 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
             remarks.append("empty output, trained as an answer of nothing")
     if IMAGE in sample.instruction or IMAGE in sample.input or any(IMAGE in question for question, _ in sample.history):
         raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
-    history = (*talk.remarks, *sample.remarks) if talk else sample.remarks
-    return replace(sample, shape="/".join(layout.keys), remarks=tuple(dict.fromkeys([*remarks, *history])))
+    remarks += sample.remarks
+    return replace(sample, shape=visible("/".join(layout.keys)), remarks=tuple(dict.fromkeys(map(visible, remarks))))
 
 
 def _check_verdicts(record: dict, layout: Layout) -> list[str]:
@@ -124,6 +150,8 @@ def _talk(record: dict, layout: Layout) -> Talk | None:
     question, answer = (record[key] if key else None for key in (layout.messages or layout.instruction, layout.output))
     if layout.messages is None and not isinstance(question, list) and not (_are_turns(answer) and answer[1:]):
         return None
+    if layout.messages and name_of(layout.messages) == "data" and _are_rows(question):
+        raise RefusedError(f'"{layout.messages}" holds a list of rows; write each row alone')
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question or []
     if answer is not None and isinstance(turns, list):
         turns = _followed(turns, answer)
@@ -148,10 +176,19 @@ def _followed(turns: list, answer: object) -> list:
     """Return turns with the answer that follows them: a text, a turn, or turns, which may begin with the same ones."""
     if isinstance(answer, dict):
         return [*turns, answer]
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
+        [answer] = answer
     if isinstance(answer, list):
-        begins_alike = [list(each.values()) for each in turns] == [list(each.values()) for each in answer[: len(turns)]]
+        if not _are_turns(answer):
+            raise RefusedError("an answer to turns is a list of something else", brief(answer))
+        values, first = ([_values(each) for each in turns] for turns in (turns, answer[: len(turns)]))
+        begins_alike = values == first
         return answer if begins_alike else [*turns, *answer]
     return [*turns, {"role": "assistant", "content": answer}]
+
+
+def _values(turn: object) -> object:
+    return list(turn.values()) if isinstance(turn, dict) else turn
 
 
 def _from_talk(talk: Talk, record: dict, layout: Layout, system: str, place: str) -> Sample:
@@ -169,10 +206,13 @@ def _from_talk(talk: Talk, record: dict, layout: Layout, system: str, place: str
 def _from_pair(record: dict, layout: Layout, system: str, place: str, columns: Columns) -> Sample:
     """Return the sample of one question and answer, with an input, a system text and a history where it has them."""
     if layout.instruction is None:
-        raise RefusedError(missing(layout, [key for key in record if record[key] not in NO_VALUE], "instruction"))
+        raise RefusedError(_lacking(record, layout, "instruction", columns))
     instruction = text_of(record[layout.instruction], layout.instruction)
     input = _input(record[layout.input], layout.input) if layout.input else ""
-    output = _answer(record[layout.output], layout.output) if layout.output else _empty_output(record, layout, columns)
+    if layout.output:
+        output, of_output = _answer(record[layout.output], layout.output)
+    else:
+        output, of_output = _empty_output(record, layout, columns), ()
     past = read_talk(record[layout.history], layout.history, is_whole=False) if layout.history else None
     if past and past.note:
         raise RefusedError(f'"{layout.history}" ends with a question without a reply')
@@ -191,27 +231,35 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, columns: C
         instruction, input = f"{instruction}\n{input}", ""
     untrained, remarks = (past.untrained, past.remarks) if past else ((), ())
     system = f"{system}\n" if system else ""
-    return Sample(instruction, input, output, place, history, system, "", untrained, "", remarks)
+    return Sample(instruction, input, output, place, history, system, "", untrained, "", (*remarks, *of_output))
+
+
+def _lacking(record: dict, layout: Layout, role: str, columns: Columns) -> str:
+    """Return why a record has no instruction or no output."""
+    if empty := keys_of(role, tuple(record), columns):
+        return f'the "{empty[0]}" is {"null" if record[empty[0]] is None else "empty"}'
+    turns = [key for key in keys_of("messages", tuple(record), columns) if name_of(key) != "data"]
+    if turns and not layout.keys:
+        key = turns[0]
+        return f'the "{key}" is empty' if record[key] in NO_VALUE else f'"{key}" is not a list of turns'
+    return missing(layout, [key for key in record if _has_value(key, record[key], columns)], role)
 
 
 def _empty_output(record: dict, layout: Layout, columns: Columns) -> str:
     """Return "" for an output that is there and empty, if such ones are trained."""
-    empty = [key for key in record if record[key] in (None, "") and layout_of((key,), columns).output == key]
+    empty = [key for key in keys_of("output", tuple(record), columns) if record[key] == ""]
     if not empty:
-        raise RefusedError(missing(layout, [key for key in record if record[key] not in NO_VALUE], "output"))
-    if not columns.trains_empty_outputs or record[empty[0]] is None:
-        what = "empty; --empty_output train trains it" if record[empty[0]] == "" else "null"
-        raise RefusedError(f'the "{empty[0]}" is {what}')
+        raise RefusedError(_lacking(record, layout, "output", columns))
+    if not columns.trains_empty_outputs:
+        raise RefusedError(f'the "{empty[0]}" is empty; --empty_output train trains it')
     return ""
 
 
-def _answer(value: object, key: str) -> str:
-    """Return an answer, which preference data may write as one turn."""
+def _answer(value: object, key: str) -> tuple[str, tuple[str, ...]]:
+    """Return an answer, which preference data may write as one turn, and the remarks on it."""
     if isinstance(value, list) and len(value) == 1:
         [value] = value
-    if isinstance(value, dict):
-        value = next((value[key] for key in TEXT_KEYS if key in value), value)
-    return text_of(value, key)
+    return read_reply(value, key) if isinstance(value, dict) else (text_of(value, key), ())
 
 
 def _input(value: object, key: str) -> str:
@@ -226,6 +274,8 @@ def _options(record: dict, layout: Layout) -> list[str]:
     if not layout.options:
         return []
     values = [record[key] for key in layout.options]
+    if any(isinstance(value, RepeatedKeys) for value in values):
+        raise RefusedError(f'"{layout.options[0]}" repeats a key')
     if len(values) == 1 and name_of(layout.options[0]) not in ("a", "b"):
         [value] = values
         values = list(value.values()) if isinstance(value, dict) else value

@@ -8,6 +8,11 @@ BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
 brief = BRIEF.repr
 
 
+def visible(text: str) -> str:
+    """Return a text on one line that any terminal can print; keys of records may hold anything."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class RefusedError(Exception):
     """A record is not a valid sample: `kind` says why, for every record alike, and `detail` what this one has."""
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sft.data.columns import MEDIA, NOT_READ, ROLE_OF, TOOLS, name_of
+from sft.data.columns import MEDIA, NOT_READ, ROLE_OF, TOOLS, name_of, shortened
 from sft.data.json_stream import RepeatedKeys
 from sft.data.texts import RefusedError, brief, text_of
 
@@ -52,6 +52,7 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     """
     remarks: dict[str, None] = {}
     said = [each for number, turn in enumerate(_listed(turns, name), 1) for each in _said(turn, number, remarks)]
+    said = [each for each in said if each.speaker != "system" or each.text.strip()]
     if not all(each.text.strip() for each in said):
         raise RefusedError("a turn is empty")
     joined = _joined(said)
@@ -80,9 +81,28 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     return Talk(system, pairs, untrained, tuple(remarks), note)
 
 
+def read_reply(turn: dict, name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the text of a turn that stands where an answer is expected, and remarks; refuse one that is no reply."""
+    if isinstance(turn, RepeatedKeys):
+        raise RefusedError("a turn repeats a key", f'in "{name}"')
+    if not any(key in turn for key in SPEAKER_KEYS):
+        turn = {"role": "assistant", **turn}
+    remarks: dict[str, None] = {}
+    said = list(_said(turn, 1, remarks))
+    if [each.speaker for each in said] != ["assistant"]:
+        raise RefusedError(f'"{name}" is not a reply of the assistant', brief(turn))
+    if not said[0].is_trained:
+        raise RefusedError("no reply is to be trained")
+    return said[0].text, tuple(remarks)
+
+
 def _listed(turns: object, name: str) -> Sequence[object]:
     """Return turns as a list; MOSS numbers them, and UltraChat writes only the texts, in turn."""
-    if isinstance(turns, dict) and all(key.startswith("turn_") for key in turns):
+    if (
+        isinstance(turns, dict)
+        and not isinstance(turns, RepeatedKeys)
+        and all(key.startswith("turn_") for key in turns)
+    ):
         return list(turns.values())
     if not isinstance(turns, list):
         raise RefusedError(f'"{name}" is not a list of turns', brief(turns))
@@ -177,4 +197,4 @@ def _note_unread(turn: dict, read: set[str], remarks: dict[str, None]) -> None:
             continue
         if name in MEDIA | TOOLS:
             raise RefusedError(f'a turn has "{key}", which is not read')
-        remarks[f"{NOT_READ}{key} of turns"] = None
+        remarks[f"{NOT_READ}{shortened(key)} of turns"] = None

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sft.data import cache, formats, shards
+from sft.data import cache, shards
+from sft.data.columns import Columns
 from sft.data.encode import Encoder
 from sft.data.files import find_shards
 from sft.data.load import load_examples
@@ -221,8 +222,8 @@ def test_a_killed_worker_is_told_in_one_line(start, folder, tokenizer, expected,
 @pytest.mark.parametrize("slow", ["reading", "tokenising", "tokenising, and Ctrl-C twice"])
 def test_ctrl_c_ends_all_without_a_traceback(slow, start, folder, tokenizer, tmp_path, monkeypatch):
     if slow == "reading":  # so that it comes while the workers wait
-        read = formats.read_shaped
-        monkeypatch.setattr(formats, "read_shaped", lambda file: (time.sleep(0.2) or each for each in read(file)))
+        read = shards.read_blocks
+        monkeypatch.setattr(shards, "read_blocks", lambda file: (time.sleep(0.2) or each for each in read(file)))
     else:
         slowly(monkeypatch)
     process = start(load(folder, tokenizer, tmp_path / "cache"))
@@ -262,11 +263,11 @@ def test_of_two_that_start_at_once_one_does_the_work(start, folder, tokenizer, e
     cache_dir, log = tmp_path / "cache", tmp_path / "blocks"
     encode_block = cache.encode_block
 
-    def encode(encoder: Encoder, file: int, block: shards.Block, shape: object) -> cache.Encoded:
+    def encode(encoder: Encoder, columns: Columns, file: int, block: shards.Block) -> cache.Encoded:
         with log.open("a") as lines:
             lines.write(f"{block.shard} {block.start}\n")
         time.sleep(0.05)
-        return encode_block(encoder, file, block, shape)
+        return encode_block(encoder, columns, file, block)
 
     monkeypatch.setattr(cache, "encode_block", encode)
     both = [start(load(folder, tokenizer, cache_dir), name) for name in ("one", "other")]
@@ -285,12 +286,12 @@ def test_a_file_that_changes_meanwhile_is_refused(change, tokenizer, tmp_path, m
     file, cache_dir = write(tmp_path / "rows.jsonl", rows_of(1500)), tmp_path / "cache"
     encode_block = cache.encode_block
 
-    def encode(encoder: Encoder, number: int, block: shards.Block, shape: object) -> cache.Encoded:
+    def encode(encoder: Encoder, columns: Columns, number: int, block: shards.Block) -> cache.Encoded:
         if change == "gone":
             file.unlink(missing_ok=True)
         elif block.start == 1:
             write(file, rows_of(1501 if change == "a row more" else 1500))
-        return encode_block(encoder, number, block, shape)
+        return encode_block(encoder, columns, number, block)
 
     monkeypatch.setattr(cache, "encode_block", encode)
     with pytest.raises(UserError, match="^a file changed while it was being tokenised; run again [^\n]*$"):
@@ -369,10 +370,10 @@ from sft.program import run_program
 
 encode_block = cache.encode_block
 
-def encode(encoder, file, block, shape):
+def encode(encoder, columns, file, block):
     with open({log!r}, "a") as lines:
         lines.write(f"{{block.shard}} {{block.start}}\\n")
-    return encode_block(encoder, file, block, shape)
+    return encode_block(encoder, columns, file, block)
 
 cache.encode_block = encode
 run_program(train_sft.main)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -132,7 +133,13 @@ def test_a_history_in_the_instruction_gives_the_same_examples(tokenizer, tmp_pat
 
 def test_all_shapes_give_one_and_the_same_row(tmp_path):
     rows = [list(read_samples(write(tmp_path / "rows.jsonl", make(TURNS, SYSTEM)))) for make in SHAPES.values()]
-    assert rows == [rows[0]] * len(rows)
+    assert [[replace(row, shape="") for row in each] for each in rows] == [[replace(rows[0][0], shape="")]] * len(rows)
+    assert {row.shape for [row] in rows} == {
+        "messages",
+        "conversations",
+        "conversation",
+        "system/history/instruction/output",
+    }
     assert (rows[0][0].history, rows[0][0].system) == (tuple(TURNS[:-1]), SYSTEM + "\n")
 
 
@@ -376,7 +383,7 @@ def test_a_run_on_conversations_has_the_loss_of_a_plain_loop_over_all_replies(ru
     expected = mean_loss(model, replies_of(conversations[:3], tokenizer))
     assert losses[0] == pytest.approx(expected, abs=1e-4) and losses[2] < losses[0] - 0.1
     assert "9 rows read: 9 kept (0 of them cut), 0 refused" in printed
-    for shape_name in ("messages of role/content", "conversations of from/value", "instruction/input/output"):
+    for shape_name in ("messages", "conversations", "history/instruction/output"):
         assert f"shape    {shape_name} in 1 file (lines)" in printed
     (question, reply), *_ = conversations[0]
     assert f"### Instruction:\n{question}\n\n### Response:⟦{reply}</s>⟧Below is an instruction" in printed

@@ -47,7 +47,9 @@ def test_rows_come_before_a_later_bad_line_is_met(tmp_path: Path):
 def test_rows_behind_a_bad_line_are_read_on(tmp_path: Path):
     file = write(tmp_path, f"{GOOD}\nbad\n{GOOD}\n")
     first, refused, last = read_all(file)
-    assert (first, last) == (Sample("你", "们", "好", f"{file}:1"), Sample("你", "们", "好", f"{file}:3"))
+    shape = "instruction/input/output"
+    assert first == Sample("你", "们", "好", f"{file}:1", shape=shape)
+    assert last == Sample("你", "们", "好", f"{file}:3", shape=shape)
     assert isinstance(refused, Refused) and refused.place == f"{file}:2"
 
 
@@ -89,14 +91,29 @@ def test_bad_json_is_named_by_its_line(tmp_path: Path, bad: str):
         ([1], "list"),
         ("text\n", "str"),
         (None, "NoneType"),
-        ({"input": "", "output": "好"}, '"instruction"'),
-        ({"instruction": "你", "input": ""}, '"output"'),
-        ({"prompt": "你", "response\n": "好"}, "prompt"),
-        ({"instruction": 1, "output": "好"}, '"instruction" is 1'),
-        ({"instruction": "你", "output": None}, '"output" is None'),
-        ({"instruction": "你", "output": ["好\n"]}, '"output" is ['),
-        ({"instruction": "你", "input": 0, "output": "好"}, '"input" is 0'),
-        ({"instruction": "你", "input": {}, "output": "好"}, '"input" is {}'),
+        ([{"instruction": "你", "output": "好"}, {"instruction": "我", "output": "坏"}], "a list of rows in one row"),
+        ({"data": [{"instruction": "你", "output": "好"}]}, '"data" holds a list of rows'),
+        ({"input": "", "output": "好"}, 'no instruction found ("output" is the output); type --columns instruction='),
+        ({"instruction": "你", "input": ""}, 'no output found ("instruction" is the instruction); type --columns'),
+        ({"title\n": "你", "output": "好"}, 'other keys: "title\\n"); type --columns instruction=title'),
+        ({"response\n": " ", "prompt": "你"}, 'the "response\\n" is empty'),
+        ({"instruction": 1, "output": "好"}, '"instruction" is not a string: 1'),
+        ({"instruction": [1], "output": "好"}, "a turn is neither an object nor a text: turn 1 is 1"),
+        ({"instruction": [1], "output": [2, "好"]}, "an answer to turns is a list of something else: [2, '好']"),
+        ({"instruction": [1], "output": [{"role": "user"}, 2]}, "a turn is neither an object nor a text: turn 1 is 1"),
+        ({"instruction": "你", "output": None}, 'the "output" is null'),
+        ({"instruction": "你", "output": []}, 'the "output" is empty'),
+        ({"instruction": "你", "output": ["好\n", "坏"]}, '"output" is not a string: ['),
+        (
+            {"instruction": "你", "output": {"role": "user", "content": "好"}},
+            '"output" is not a reply of the assistant',
+        ),
+        ({"instruction": "你", "output": {"content": "好", "weight": 0}}, "no reply is to be trained"),
+        ({"instruction": "你", "output": "", "documents": ""}, 'the "output" is empty'),
+        ({"instruction": "你", "input": 0, "output": "好"}, '"input" is not a string: 0'),
+        ({"instruction": "你", "input": {"a": 1}, "output": "好"}, "\"input\" is not a string: {'a': 1}"),
+        ({"messages": []}, 'the "messages" is empty'),
+        ({"messages": "你"}, '"messages" is not a list of turns'),
         ({"instruction": "你", "output": "\ud83d"}, '"output"'),
         ({"instruction": "你", "output": " \n"}, 'the "output" is empty'),
         ({"instruction": "", "input": None, "output": "好"}, 'the "instruction" is empty'),
@@ -111,9 +128,58 @@ def test_bad_row_is_named_by_its_place(tmp_path: Path, record: object, said: str
         assert said in message
 
 
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "你", "response\n": "好"}, ("你", "", "好")),
+        ({"instruction": "你", "output": ["好\n"]}, ("你", "", "好\n")),
+        ({"instruction": "你", "output": {"role": "assistant", "content": "好"}}, ("你", "", "好")),
+        ({"instruction": "你", "output": [{"text": "好"}]}, ("你", "", "好")),
+        ({"instruction": "你", "input": {}, "output": "好"}, ("你", "", "好")),
+        ({"instruction": "你", "input": ["一", "二"], "output": "好"}, ("你", "一\n二", "好")),
+        ({"instruction": "排序", "input": "[]", "output": "[]"}, ("排序", "[]", "[]")),
+        ({"instruction": "你", "output": "{}", "history": "[]"}, ("你", "", "{}")),
+        ({"instruction": None, "input": "你", "output": "好"}, ("你", "", "好")),
+        ({"prompt": [{"role": "user", "content": "你"}], "completion": "好"}, ("你", "", "好")),
+        ({"prompt": [{"role": "user", "content": "你"}], "completion": ["好"]}, ("你", "", "好")),
+        ([{"prompt": "你", "response": "好"}], ("你", "", "好")),
+        ([{"role": "user", "content": "你"}, {"role": "assistant", "content": "好"}], ("你", "", "好")),
+    ],
+)
+def test_what_is_written_in_another_way_is_read_as_what_it_means(tmp_path: Path, record: object, expected: tuple):
+    line = json.dumps(record)
+    for content in (f"{GOOD}\n{line}\n", f"[{GOOD}, {line}]"):
+        _, row = read_samples(write(tmp_path, content))
+        assert (row.instruction, row.input, row.output) == expected
+        assert (row.history, row.system, row.note, row.remarks) == ((), "", "", ())
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["一", "二", "三", "四"],
+        [["一", "二"], ["三", "四"]],
+        [{"instruction": "一", "output": "二"}, {"question": "三", "answer": "四"}],
+        [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}],
+        [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "一二三四", strict=True)],
+    ],
+)
+def test_a_history_is_one_in_any_form(tmp_path: Path, history: list):
+    record = {"instruction": "你", "output": "好", "history": history}
+    [row] = read_samples(write(tmp_path, json.dumps(record)))
+    assert (row.history, row.instruction, row.output) == ((("一", "二"), ("三", "四")), "你", "好")
+    assert row.remarks == ()
+
+
+def test_what_is_noted_of_keys_can_be_printed_by_any_terminal(tmp_path: Path):
+    record = {"instruction": "你", "output": "好", "\ud83d": 1, "a\nb": 1, "长" * 1000: 1}
+    [row] = read_samples(write(tmp_path, json.dumps(record)))
+    assert row.remarks == ("not read: \\ud83d", "not read: a\\nb", f"not read: {'长' * 40}...")
+
+
 def test_one_row_without_its_instruction_takes_it_from_no_other(tmp_path: Path):
-    """Every row has the keys of the shape input/output, which must not be read in place of the whole one's."""
+    """Every row has an input and an output, which must not be read in place of the whole ones."""
     rows = [{"instruction": "译", "input": "句", "output": "sentence"}] * 3 + [{"input": "句", "output": "sentence"}]
-    *found, last = read_all(write(tmp_path, as_lines(rows)))
+    *found, last = read_samples(write(tmp_path, as_lines(rows)))
     assert [(row.instruction, row.input) for row in found] == [("译", "句")] * 3
-    assert isinstance(last, Refused) and last.reason.startswith('no "instruction"')
+    assert (last.instruction, last.input, last.output, last.shape) == ("句", "", "sentence", "input/output")

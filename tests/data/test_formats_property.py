@@ -9,7 +9,6 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,11 +20,14 @@ from pyarrow import parquet
 from sft import IGNORE_INDEX
 from sft.data import cache
 from sft.data.collate import labels_of
+from sft.data.columns import LETTERS, MEDIA, OPTIONS, SOURCES, TOOLS
 from sft.data.encode import Encoder
-from sft.data.formats import ROLES, SHAPES, Pair, Sample, Shape, Turns, read_all, read_samples, split_history
+from sft.data.formats import Sample, read_all, read_samples
 from sft.data.shards import Refused
+from sft.data.turns import SPEAKER_KEYS, SPEAKERS, TEXT_KEYS, TRAINED_KEYS
 from sft.model.load import load_tokenizer
-from sft.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, build_chat_prompt, build_prompt
+from sft.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, build_prompt
+from support.talks import NAMES_OF, PAIRS, SHAPES, TALKS, Pair, Talk, Turns, messages_of, prompts_of, write_talks
 
 LONG = 10**6  # tokens; nothing here is cut
 
@@ -116,6 +118,14 @@ def spoil(content: bytes, changes: list[tuple]) -> bytes:
     return bytes(spoilt)
 
 
+def firsts_of(refused: list[Refused]) -> dict[str, list[str]]:
+    """Return place and reason of the first of each kind of refused row."""
+    firsts: dict[str, list[str]] = {}
+    for each in refused:
+        firsts.setdefault(each.kind or each.reason, [each.place, each.reason])
+    return firsts
+
+
 def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> list[Sample | Refused]:
     """Check that the reader and the cache agree on every row of a file, and return the rows."""
     file = folder / "rows.json"
@@ -131,7 +141,12 @@ def check_nothing_is_lost(folder: Path, content: bytes, encoder: Encoder) -> lis
     assert {(row["file"], row["row"]) for row in rows} == {
         (0, int(each.place.removeprefix(str(file)).strip(":[]"))) for each in found if isinstance(each, Sample)
     }
-    assert all(each.reason and "\n" not in each.reason for each in refused)
+    assert all(each.reason and each.reason.isprintable() and each.kind.isprintable() for each in refused)
+    [known] = counts["files"]
+    assert sum(known["shapes"].values()) == counts["kept"]
+    assert sum(number for number, _, _ in known["refused"].values()) == counts["refused"]
+    assert [first[1:] for first in known["refused"].values()] == list(firsts_of(refused).values())
+    assert all(text.isprintable() for text in [*known["shapes"], *known["remarks"], *known["refused"]])
     return found
 
 
@@ -186,24 +201,32 @@ def test_no_bytes_are_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):
     check()
 
 
-KEYS = sorted({name for shape in SHAPES for name in vars(shape).values() if name} | {"system", "history", "id"})
+OF_TURNS = (*SPEAKER_KEYS, *TEXT_KEYS, *TRAINED_KEYS, "tool_calls", "function_call", "type", "turn_1", "turn_2", "MOSS")
+OTHERS = ("id", "", " ", "备注", "A\nB", "\ud83d", "label", "is_bad", "__index_level_0__", "长" * 50)
+KEYS = sorted({name for names in NAMES_OF.values() for name in names} | {*OF_TURNS, *OTHERS, *LETTERS[:3]})
+KEYS += sorted(each for some in (MEDIA, OPTIONS, SOURCES, TOOLS) for each in some)
+USUAL = ("messages", "system", "history", "instruction", "input", "output", "prompt", "completion", *OF_TURNS)
+ANY_KEY = st.sampled_from(USUAL) | st.sampled_from(KEYS)
 ANYTHING = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text(st.characters(), max_size=6)
-    | st.sampled_from([*ROLES]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    | st.sampled_from([*SPEAKERS, "tool", "[]", "{}", "text", "None"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_KEY, inner, max_size=4),
     max_leaves=12,
 )
 
 
 def test_no_value_is_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):
-    """Values of any kind under the keys of every shape, halves of characters among them."""
+    """Values of any kind under keys of every role and of none, halves of characters among them."""
+    turn = st.dictionaries(st.sampled_from(OF_TURNS), ANYTHING, max_size=4)
+    turns = st.lists(turn | ANYTHING, max_size=4)
+    record = st.dictionaries(ANY_KEY, ANYTHING | turn | turns, max_size=6)
 
-    @examples(150)
-    @given(st.lists(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6) | ANYTHING, max_size=6), st.booleans())
+    @examples(400)
+    @given(st.lists(record | turns | ANYTHING, max_size=6), st.booleans())
     def check(values: list, as_lines: bool) -> None:
         content = "".join(json.dumps(value) + "\n" for value in values) if as_lines else json.dumps(values)
         found = check_nothing_is_lost(folder, content.encode(), bloom)
@@ -214,118 +237,36 @@ def test_no_value_is_an_error_or_a_row_unsaid(folder: Path, bloom: Encoder):
 
 # -------------------------------------------------------------------------------------------------------- random rows
 
-PIECES = ["</s>", "<s>", "<pad>", "<|endoftext|>", "### Response:", "\n\n### Response:", "### Instruction:\n", "Human:"]
-PIECES += [
-    "\nHuman:",
-    "Assistant:",
-    "\nAssistant:",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\0",
-    "\x1b",
-    "\x85",
-    "\u2028",
-    "\u3000",
-]
-PIECES += [
-    "\ufeff",
-    "\ufffd",
-    "\u200b",
-    "\u0301",
-    "你好",
-    "。",
-    "😀",
-    "𠀀",
-    "e",
-    "'s",
-    "12345",
-    "{instruction}",
-    "\\u0041",
-]
-ANY_TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=6).map("".join)
-TEXT = ANY_TEXT.filter(str.strip)
+
+def check_texts(talk: Talk, shape: Pair | Turns, row: Sample) -> None:
+    messages, input = messages_of(talk, shape)
+    system = [message["content"] + "\n" for message in messages if message["role"] == "system"]
+    question, reply = messages[-1]["content"], talk.pairs[-1][1]
+    assert (row.instruction, row.input, row.output) == (question, input, reply)
+    assert (row.history, row.system) == (tuple(talk.pairs[:-1]), "".join(system))
+    assert (row.note, row.untrained, row.remarks) == ("", (), ())
 
 
-@dataclass(frozen=True)
-class Talk:
-    """Questions and replies, perhaps after a system's text, the last question perhaps with an input."""
-
-    pairs: list[tuple[str, str]]
-    system: str | None
-    input: str
-
-
-TALKS = st.builds(
-    Talk,
-    st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
-    st.none() | ANY_TEXT,
-    st.just("") | ANY_TEXT,
-).filter(lambda talk: split_history(talk.pairs[-1][0])[1] == talk.pairs[-1][0])  # no turns written into a question
-ROLE_NAMES = {role: [name for name in ROLES if ROLES[name] == role] for role in ROLES.values()}
-
-
-def record_of(talk: Talk, shape: Shape, number: int) -> dict:
-    """Write a conversation in a shape, with another name of each role in each record."""
-    if isinstance(shape, Pair):
-        *history, (question, reply) = talk.pairs
-        record = {shape.instruction: question, shape.output: reply, "system": talk.system, "history": history}
-        return record | ({shape.input: talk.input} if shape.input else {})
-    turns = [("system", talk.system)] if talk.system is not None else []
-    for question, reply in talk.pairs:
-        turns += [("user", question), ("assistant", reply)]
-    names = {role: spelt[number % len(spelt)] for role, spelt in ROLE_NAMES.items()}
-    return {shape.turns: [{shape.role: names[role], shape.content: text} for role, text in turns]}
-
-
-def messages_of(talk: Talk, shape: Shape) -> tuple[list[dict[str, str]], str]:
-    """Return the messages that the chat would have, without the last reply, and the input of a task alone."""
-    system, input = talk.system, talk.input
-    if isinstance(shape, Turns):
-        input = ""
-    else:
-        system, input = system or None, input if shape.input else ""  # no empty system here
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    for question, reply in talk.pairs:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    if input and len(messages) > 2:
-        messages[-2]["content"] += f"\n{input}"
-        input = ""
-    return messages[:-1], input
-
-
-def prompts_of(messages: list[dict[str, str]], input: str) -> list[str]:
-    """Return what the chat would ask each reply of a conversation with."""
-    if input:
-        return [build_prompt(messages[0]["content"], input)]
-    asked = [number for number, message in enumerate(messages, 1) if message["role"] == "user"]
-    return [build_chat_prompt(messages[:number]) for number in asked]
-
-
-def write_talks(file: Path, talks: list[Talk], shape: Shape, form: str) -> None:
-    records = [record_of(talk, shape, number) for number, talk in enumerate(talks)]
-    if form == "lines":
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    else:
-        text = json.dumps(records, ensure_ascii=form == "ASCII array", indent=1)
-    file.write_text(text, encoding="utf-8", newline="")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_rows_of_every_shape_keep_their_texts(folder: Path, shape: Shape):
-    @examples(40)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(vars(shape).values()))
+def test_rows_of_every_shape_keep_their_texts(folder: Path, shape: Pair | Turns):
+    @examples(20)
     @given(st.lists(TALKS, max_size=3), st.sampled_from(["lines", "array", "ASCII array"]))
     def check(talks: list[Talk], form: str) -> None:
         file = folder / "rows.json"
-        write_talks(file, talks, shape, form)
+        write_talks(file, talks, [shape], form)
         for talk, row in zip(talks, read_samples(file), strict=True):
-            messages, input = messages_of(talk, shape)
-            system = [message["content"] + "\n" for message in messages if message["role"] == "system"]
-            question, reply = messages[-1]["content"], talk.pairs[-1][1]
-            assert (row.instruction, row.input, row.output) == (question, input, reply)
-            assert (row.history, row.system, row.note) == (tuple(talk.pairs[:-1]), "".join(system), "")
+            check_texts(talk, shape, row)
+
+    check()
+
+
+def test_a_row_is_read_alike_whatever_the_others_of_its_file_look_like(folder: Path):
+    @examples(60)
+    @given(st.lists(TALKS, max_size=6), st.lists(st.sampled_from(SHAPES), min_size=2, max_size=4))
+    def check(talks: list[Talk], mixed: list[Pair | Turns]) -> None:
+        write_talks(folder / "rows.json", talks, mixed, "lines")
+        for number, row in enumerate(read_samples(folder / "rows.json")):
+            check_texts(talks[number], mixed[number % len(mixed)], row)
 
     check()
 
@@ -343,8 +284,8 @@ def test_rows_are_tokenised_into_every_prompt_of_the_chat_and_every_reply(folder
 
     @examples(150)
     @given(st.lists(TALKS, max_size=3), st.sampled_from(SHAPES))
-    def check(talks: list[Talk], shape: Shape) -> None:
-        write_talks(folder / "rows.json", talks, shape, "lines")
+    def check(talks: list[Talk], shape: Pair | Turns) -> None:
+        write_talks(folder / "rows.json", talks, [shape], "lines")
         rows, _, notes = tokenised(folder, folder / "rows.json", encoder)
         assert notes == []
         for talk, row in zip(talks, rows, strict=True):
@@ -364,10 +305,10 @@ def test_rows_cut_to_any_length_keep_the_template_and_a_label(folder: Path, enco
     between, end = frames[0][1].split("{input}")
 
     @examples(150)
-    @given(st.lists(TALKS, max_size=3), st.integers(0, 60), st.sampled_from(SHAPES[:6]))
-    def check(talks: list[Talk], room: int, shape: Shape) -> None:
+    @given(st.lists(TALKS, max_size=3), st.integers(0, 60), st.sampled_from(PAIRS))
+    def check(talks: list[Talk], room: int, shape: Pair | Turns) -> None:
         encoder.max_length = shortest + room
-        write_talks(folder / "rows.json", talks, shape, "lines")
+        write_talks(folder / "rows.json", talks, [shape], "lines")
         rows, _, _ = tokenised(folder, folder / "rows.json", encoder)
         assert sum(len(row["lengths"]) for row in rows) == 2 * sum(len(talk.pairs) for talk in talks)
         for row in rows:

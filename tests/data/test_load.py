@@ -67,13 +67,16 @@ def test_report_counts_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: P
     assert report.kept == len(examples) == counts.rows - counts.refused
     entries = {entry["place"]: entry["note"] for entry in report.entries()}
     assert list(entries) == [f"{path}:{line}" for line in (4, 5, 6, 7)]
-    refused = [{"place": f"{path}:{line}", "note": 'refused: the "output" is empty'} for line in (4, 6)]
-    assert report.refused(20) == refused and report.refused(1) == refused[:1]
+    reason = 'the "output" is empty; --empty_output train trains it'
+    assert [entries[f"{path}:{line}"] for line in (4, 6)] == [f"refused: {reason}"] * 2
     cut = [entries[f"{path}:{line}"] for line in (5, 7)]
     assert all(note.startswith("cut: ") for note in cut)
     assert ["of the answer's" in note for note in cut] == [False, True]
     assert examples["row"][:] == [1, 2, 3, 5, 7] and set(examples["file"][:]) == {0}
-    assert counts.files == [{"file": path, "form": "lines", "encoding": "utf-8", "shape": "instruction/input/output"}]
+    [file] = counts.files
+    assert (file["file"], file["form"], file["encoding"]) == (path, "lines", "utf-8")
+    assert file["shapes"] == {"instruction/output": 5} and file["remarks"] == {}
+    assert file["refused"] == {reason: [2, f"{path}:4", reason]}
 
 
 def test_report_counts_the_tokens_of_the_sample(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
@@ -118,7 +121,10 @@ def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizer
     for _ in range(2):
         examples, report = load_examples(str(path), tokenizer, str(tmp_path / "cache"))
         assert len(examples) == 1
-        [entry] = report.refused(20)
+        [entry] = report.entries()
+        assert report.counts.files[0]["refused"] == {
+            "invalid JSON": [1, f"{path}:2", entry["note"].removeprefix("refused: ")]
+        }
         assert entry["place"] == f"{path}:2" and entry["note"].startswith("refused: invalid JSON")
         assert report.what_is_wrong(0.5) is None
         assert report.what_is_wrong(0.49) == (

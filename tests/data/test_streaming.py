@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sft.data import formats, streaming
+from sft.data.columns import Columns
 from sft.data.encode import Encoder
 from sft.data.files import find_shards
 from sft.data.load import load_examples
@@ -184,8 +185,8 @@ def test_the_order_is_that_of_the_seed(packing, stream, tasks, small_buffers):
 def count_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     read_all, places = streaming.read_all, []
 
-    def read(file: Path) -> Iterator[formats.Sample]:
-        for row in read_all(file):
+    def read(file: Path, columns: Columns) -> Iterator[formats.Sample]:
+        for row in read_all(file, columns):
             places.append(row.place)
             yield row
 
@@ -296,6 +297,7 @@ def test_a_file_that_breaks_off_counts_by_what_is_not_read(stream, tmp_path):
 def test_without_a_row_the_stream_ends(content, rank, stream, tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(content)
     read_all, times = streaming.read_all, iter(range(3))
-    monkeypatch.setattr(streaming, "read_all", lambda file: next(times) < 3 and read_all(file))  # not for ever
+    # Not for ever.
+    monkeypatch.setattr(streaming, "read_all", lambda file, columns: next(times) < 3 and read_all(file, columns))
     with pytest.raises(UserError, match="^there are no rows to train on; "):
         take(stream(tmp_path / "rows.json", rank=rank, world_size=2, max_bad_fraction=1), 1)

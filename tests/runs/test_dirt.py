@@ -267,16 +267,29 @@ def test_the_program_refuses_a_folder_of_dirt_and_trains_on_what_is_left_of_it(
     )
     assert f"error: --data_path {dirt} has {num_refused:,} of {num_kept + num_refused:,} rows refused" in checked.stderr
     check_entries(noted := entries_in(tmp_path / "output" / NOTES), dirt)
-    refused = [entry for entry in noted if entry["note"].startswith("refused: ")]
-    said = [f"refused  {entry['place']}: {entry['note'].removeprefix('refused: ')}" for entry in refused[:NUM_NAMED]]
+    said = [f"refused  {line}" for line in refused_lines(dirt)]
     printed_lines = [line for line in checked.stdout.split("\n") if line.startswith("refused  ")]
-    assert printed_lines == [*said, f"refused  {num_refused - NUM_NAMED:,} more"]
+    assert printed_lines == [*said[:NUM_NAMED], f"refused  {len(said) - NUM_NAMED:,} more lines like these"]
+    assert sum(line.endswith("; and 149 more like it") for line in printed_lines) == 2
 
     trained = train(dirt, "--max_bad_fraction", 1, "--max_steps", 1)
     assert trained.returncode == 0, trained.stderr
     assert "Traceback" not in trained.stderr
     assert entries_in(tmp_path / "output" / NOTES) == noted
     assert (tmp_path / "output" / "model.safetensors").exists()
+
+
+def refused_lines(folder: Path) -> list[str]:
+    """Return the first refused row of each file and kind of reason, and how many are like it, the most first."""
+    alike: dict[tuple[Path, str], list[Refused]] = {}
+    for shard in find_shards(str(folder)):
+        for each in read_all(shard):
+            if isinstance(each, Refused):
+                alike.setdefault((shard, each.kind or each.reason), []).append(each)
+    return [
+        f"{first.place}: {first.reason}" + (f"; and {len(others):,} more like it" if others else "")
+        for first, *others in sorted(alike.values(), key=len, reverse=True)
+    ]
 
 
 def entries_in(file: Path) -> list[dict[str, str]]:

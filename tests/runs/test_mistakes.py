@@ -64,13 +64,13 @@ BAD_DATA = {
         GOOD_ROW + '{"instruction": "a"}\n',
         {},
         "has 1 of 2 rows refused, more than --max_bad_fraction 0.01",
-        ':2: no "output", which the first rows',
+        ':2: no output found ("instruction" is the instruction); type --columns output=KEY',
     ),
     "no instruction field": (
         '[{"title": "a", "output": "b"}]',
         {},
         "has 1 of 1 rows refused, more than --max_bad_fraction 0.01",
-        "[0]: of no known shape, with ['output', 'title']",
+        '[0]: no instruction found ("output" is the output; other keys: "title"); type --columns instruction=title',
     ),
     "not JSON": (GOOD_ROW + "{oops\n", {}, "has 1 of 2 rows refused, more than", ":2: invalid JSON ("),
     "an array that breaks off": (

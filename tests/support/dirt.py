@@ -19,7 +19,7 @@ CHAT = {"messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "
 NOT_JSON = "invalid JSON ("
 BREAKS_OFF = "the rest of the file is unreadable: "
 CANNOT_GO_ON = "the rest of the file is unreadable: reading failed ("
-NO_INSTRUCTION = 'no "instruction", which the first rows of the file have; found '
+PRETRAINING = 'pretraining text: a "text" has no question and no answer'
 
 
 @dataclass(frozen=True)
@@ -73,63 +73,86 @@ def without(key: str) -> dict:
 # -------------------------------------------------------------------------------------------------------------- values
 
 BAD_ROWS = {
-    "object for a string": (row(instruction={"text": "乙"}), "\"instruction\" is {'text': '乙'}; expected a string"),
-    "list for a string": (row(output=["二"]), "\"output\" is ['二']; expected a string"),
-    "number for a string": (row(output=3.5), '"output" is 3.5; expected a string'),
-    "huge number for a string": (row(output=10**100), '"output" is 1000000'),
-    "not a number for a string": (row(output=float("nan")), '"output" is nan; expected a string'),
-    "boolean for a string": (row(instruction=True), '"instruction" is True; expected a string'),
-    "boolean for an input": (row(input=False), '"input" is False; expected a string'),
-    "null output": (row(output=None), '"output" is None; expected a string'),
-    "null instruction": (row(instruction=None), '"instruction" is None; expected a string'),
-    "null everywhere": (dict.fromkeys(GOOD[0]), '"instruction" is None; expected a string'),
+    "object for a string": (row(instruction={"text": "乙"}), "\"instruction\" is not a string: {'text': '乙'}"),
+    "list for a string": (row(output=["二", "三"]), "\"output\" is not a string: ['二', '三']"),
+    "number for a string": (row(output=3.5), '"output" is not a string: 3.5'),
+    "huge number for a string": (row(output=10**100), '"output" is not a string: 1000000'),
+    "not a number for a string": (row(output=float("nan")), '"output" is not a string: nan'),
+    "boolean for a string": (row(instruction=True), '"instruction" is not a string: True'),
+    "boolean for an input": (row(input=False), '"input" is not a string: False'),
+    "null output": (row(output=None), 'the "output" is null'),
+    "null instruction": (row(instruction=None, input=""), 'the "instruction" is null'),
+    "null everywhere": (dict.fromkeys(GOOD[0]), 'the "instruction" is null'),
     "missing output": (
         without("output"),
-        'no "output", which the first rows of the file have; found ' + "['input', 'ins",
+        'no output found ("instruction" is the instruction, "input" is the input); type --columns output=KEY',
     ),
-    "missing instruction": (without("instruction"), NO_INSTRUCTION + "['input', 'output']"),
-    "no key": ({}, NO_INSTRUCTION + "[]"),
+    "missing instruction": (
+        {"output": "二", "title": "乙"},
+        'no instruction found ("output" is the output; other keys: "title"); type --columns instruction=title',
+    ),
+    "no key": ({}, "no instruction and no output found (no keys); type --columns instruction=KEY,output=KEY"),
     "output of spaces": (row(output=" \n\u3000\t"), 'the "output" is empty'),
     "empty instruction and input": (row(instruction=" ", input="\n"), 'the "instruction" is empty'),
     "first half of a character": (
         '{"instruction": "\\ud83d", "output": "二"}',
-        "\"instruction\" contains '\\ud83d', a broken",
+        "\"instruction\" contains a broken character or a byte that is not UTF-8: '\\ud83d'",
     ),
     "second half of a character": (
         '{"instruction": "乙", "output": "\\ude00"}',
-        "\"output\" contains '\\ude00', a broken",
+        "\"output\" contains a broken character or a byte that is not UTF-8: '\\ude00'",
     ),
     "key twice": (
         '{"instruction": "乙", "output": "二", "output": "三"}',
-        "a key appears twice among ['instruction', 'ou",
+        'a key appears twice: "instruction", "output"',
     ),
     "list for a row": (["乙", "二"], "a JSON list; expected an object"),
     "string for a row": ('"乙"', "a JSON str; expected an object"),
     "null for a row": (None, "a JSON NoneType; expected an object"),
-    "another shape": ({"prompt": "乙", "response": "二"}, NO_INSTRUCTION + "['prompt', 'response']"),
-    "history of strings": (
-        row(history=["乙", "二"]),
-        "\"history\" is ['乙', '二']; expected a list of [question, reply]",
+    "two questions by name": (row(question="乙"), '"instruction", "question" may each be the instruction'),
+    "passage without a role": (row(passage="文"), '"passage" has no role, and the answer may depend on it'),
+    "list of rows for a row": ([GOOD[0], GOOD[2]], "a list of rows in one row; write each row alone"),
+    "turn of a user for an output": (
+        row(output={"role": "user", "content": "二"}),
+        '"output" is not a reply of the assistant: {',
     ),
-    "text too long": (row(output="长" * 1_000_001), '"output" has 1,000,001 characters; at most 1,000,000'),
+    "history of numbers": (row(history=[1, 2]), "a turn is neither an object nor a text: turn 1 is 1"),
+    "history of a question alone": (row(history=["乙", "二", "丙"]), '"history" ends with a question without a reply'),
+    "history is a string": (row(history="乙"), '"history" is not a list of turns'),
+    "text too long": (row(output="长" * 1_000_001), '"output" has more than 1,000,000 characters: 1,000,001'),
 }
 BAD_TURNS = {
     "wrong role": (
         [{"role": "robot", "content": "乙"}],
-        'turn 1 has the role \'robot\'; expected "user", "assistant" or',
+        'a speaker is not "user", "assistant" or "system": turn 1 has role \'robot\'',
     ),
-    "role is no string": ([{"role": 1, "content": "乙"}], 'turn 1 has the role 1; expected "user"'),
-    "wrong order": (CHAT["messages"][::-1], "user first; found ['assistant', 'user']"),
-    "two questions": ([*CHAT["messages"][:1], *CHAT["messages"]], "found ['user', 'user', 'assistant']"),
-    "system in the middle": ([*CHAT["messages"], {"role": "system", "content": "丙"}], "'assistant', 'system']"),
+    "role is no string": (
+        [{"role": 1, "content": "乙"}],
+        'a speaker is not "user", "assistant" or "system": turn 1 has role 1',
+    ),
+    "wrong order": (CHAT["messages"][::-1], "no reply is to be trained"),
+    "system in the middle": (
+        [*CHAT["messages"], {"role": "system", "content": "丙"}],
+        "a system turn in the middle of the conversation",
+    ),
+    "call of a tool": ([*CHAT["messages"], {"role": "tool", "content": "丙"}], "calls of tools"),
     "empty turn": ([{"role": "user", "content": " "}, CHAT["messages"][1]], "a turn is empty"),
-    "no turns": ([], "found no question with a reply"),
-    "a question alone": (CHAT["messages"][:1], "found no question with a reply"),
-    "turns are strings": (["乙", "二"], 'turn 1 lacks "role" or "content": \'乙\''),
-    "turns are a string": ("乙", "no \"messages\" list, which the first rows of the file have; found ['messages']"),
-    "turn without a text": ([{"role": "user"}], 'turn 1 lacks "role" or "content": {'),
-    "text of a turn is null": ([{"role": "user", "content": None}], '"content of turn 1" is None; expected a string'),
-    "text of a turn is a list": ([{"role": "user", "content": ["乙"]}], "\"content of turn 1\" is ['乙']; expected a"),
+    "no turns": ([], 'the "messages" is empty'),
+    "a question alone": (CHAT["messages"][:1], "no question with a reply: ['user']"),
+    "turns are numbers": ([1, 2], "a turn is neither an object nor a text: turn 1 is 1"),
+    "turns are a string": ("乙", '"messages" is not a list of turns'),
+    "turn without a text": (
+        [{"role": "user"}],
+        "a turn has no speaker and text, nor a question and a reply: turn 1 is {'role': 'user'}",
+    ),
+    "text of a turn is null": (
+        [{"role": "user", "content": None}],
+        '"content" is not a string: turn 1 has None',
+    ),
+    "text of a turn is a list": (
+        [{"role": "user", "content": ["乙"]}],
+        "a turn has a part that is no text: turn 1 has '乙'",
+    ),
 }
 
 
@@ -150,8 +173,9 @@ def value_kinds() -> list[Kind]:
     )  # pickle, between processes, gives up before JSON does
     return [
         *kinds,
-        Kind("key twice in a turn", twice.encode(), [GOOD[0]] * 2, {":2": "turn 1 repeats a key"}),
+        Kind("key twice in a turn", twice.encode(), [GOOD[0]] * 2, {":2": "a turn repeats a key: turn 1"}),
         Kind("last turn is a question", asked.encode(), [GOOD[0]] * 2, cut={":2": note}),
+        *accepted_kinds(),
         Kind("null input", lines(row(input=None)).encode(), [row(input="")]),
         Kind("missing input", array(without("input")).encode(), [row(input="")]),
         Kind("huge integer", lines(*around(huge)).encode()),
@@ -160,12 +184,42 @@ def value_kinds() -> list[Kind]:
     ]
 
 
+def accepted_kinds() -> list[Kind]:
+    """Return rows that are written in another way than those around them, and mean as much."""
+    question, reply = CHAT["messages"]
+    other = {"instruction": "丁", "input": "", "output": "二"}
+    chats = {
+        "two questions": ([question, question, reply], row(instruction="甲\n\n甲", input="", output="一")),
+        "turns are strings": (["丁", "二"], other),
+        "turns in parts": (
+            [{"role": "user", "content": [{"type": "text", "text": "丁"}]}, reply],
+            {**other, "output": "一"},
+        ),
+    }
+    rows = {
+        "another shape": ({"prompt": "丁", "response": "二"}, other),
+        "list of one string": (row(output=["二"]), row(output="二")),
+        "input alone": ({"input": "丁", "output": "二"}, other),
+        "null instruction beside an input": ({"instruction": None, "input": "丁", "output": "二"}, other),
+        "output is a turn": ({"prompt": "丁", "completion": [{"role": "assistant", "content": "二"}]}, other),
+        "an output of no elements": (row(output="[]"), row(output="[]")),
+        "list of one row": ([other], other),
+    }
+    return [
+        *(Kind(name, lines(*around(value)).encode(), [ENDS[0], kept, ENDS[1]]) for name, (value, kept) in rows.items()),
+        *(
+            Kind(name, lines(CHAT, {"messages": turns}, CHAT).encode(), [GOOD[0], kept, GOOD[0]])
+            for name, (turns, kept) in chats.items()
+        ),
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 ASTRAL = row(instruction="𠀀𪛖", output="😀")  # of four bytes in GB18030 too
 GOOD_ASCII = {"instruction": "one", "input": "", "output": "two"}
 LINE_ENDS = row(instruction="\u2028行\u0085", output="段\u2029\x1c")  # in the eyes of str.splitlines
-NOT_UTF8 = "\"output\" contains '\\udcb6', a broken character or a byte that is not UTF-8"
+NOT_UTF8 = "\"output\" contains a broken character or a byte that is not UTF-8: '\\udcb6'"
 
 
 def spoilt(text: str) -> bytes:
@@ -221,8 +275,8 @@ def line_kinds() -> list[Kind]:
     crlf = lines(*GOOD).replace("\n", "\r\n").encode()
     blanks = f"\n \t\n{dump(GOOD[0])}\n\n\r\n{dump(GOOD[1])}\n\n5\n".encode()
     rubbish = {f":{number}": NOT_JSON for number in range(1, 151)}
-    no_shape = {f":{number}": NO_INSTRUCTION + "['text']" for number in range(1, 151)}
-    long_line = '"instruction" has 50,000,000 characters; at most 1,000,000'
+    no_shape = {f":{number}": PRETRAINING for number in range(1, 151)}
+    long_line = '"instruction" has more than 1,000,000 characters: 50,000,000'
     csv = "instruction,input,output\n甲,,一\n".encode()
     return [
         *(Kind(name, lines(*around(line)).encode(), ENDS, {":2": NOT_JSON}) for name, line in NO_LINES.items()),
@@ -252,8 +306,6 @@ def write_long_line(file: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- arrays
-
-MANY_SHAPES = {"[0]": NO_INSTRUCTION + "['text']", "[4]": NO_INSTRUCTION + "['messages']"}
 
 
 def array_kinds() -> list[Kind]:
@@ -289,5 +341,5 @@ def array_kinds() -> list[Kind]:
         Kind("objects over several lines", spread.encode()),
         Kind("objects over several lines, cut", spread[:-3].encode(), GOOD[:2], {"[2]": said}),
         Kind("objects without line ends", "".join(map(dump, GOOD)).encode()),
-        Kind("many shapes", array({"text": "丙"}, *GOOD, CHAT).encode(), GOOD, MANY_SHAPES),
+        Kind("many shapes", array({"text": "丙"}, *GOOD, CHAT).encode(), [*GOOD, GOOD[0]], {"[0]": PRETRAINING}),
     ]

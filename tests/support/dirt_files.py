@@ -77,41 +77,52 @@ def broken_half() -> bytes:
     return content[:start] + b"x" * length + content[start + length :]
 
 
-def parquet_kinds() -> list[Kind]:
-    whole, texts = parquet_bytes(GOOD), {"instruction": ["甲"] * 3, "output": ["一"] * 3}
+def spoilt_second_rows() -> list[Kind]:
+    """Return Parquet files of three rows, of which the second has a value that is refused."""
+    texts = {"instruction": ["甲"] * 3, "output": ["一"] * 3}
     kept, unread = [row(instruction="甲", input="", output="一")] * 2, "contains a value that cannot be read ("
     not_utf8 = pa.array([b"a", b"\xff", b"b"]).cast(pa.string(), safe=False)
+    map_second = pa.array([None, [(1, 2)], None], pa.map_(pa.int64(), pa.int64()))  # in Python a list of tuples
     bad_seconds = {
         "bytes that are not UTF-8": ({"more": not_utf8}, "contains bytes that are not UTF-8"),
         "a date beyond Python's": ({"more": pa.array([0, 2**30, 0], pa.date32())}, unread),
-        "one null": ({"output": ["一", None, "一"]}, '"output" is None; expected a string'),
+        "one null": ({"output": ["一", None, "一"]}, 'the "output" is null'),
+        "a map for an input": ({"input": map_second}, '"input" is not a string: [(1, 2)]'),
+        "a map for a history": ({"history": map_second}, "a turn is neither an object nor a text: turn 1 is (1, 2)"),
     }
+    return [
+        Kind(f"parquet of {name}", parquet_bytes(pa.table(texts | columns)), kept, {"[1]": said})
+        for name, (columns, said) in bad_seconds.items()
+    ]
+
+
+def parquet_kinds() -> list[Kind]:
+    whole, no_rows = parquet_bytes(GOOD), pa.table({"instruction": ["甲"], "output": ["一"]}).slice(0, 0)
     twice = pa.table([["甲"], ["一"], ["二"]], ["instruction", "output", "output"])
     refused = dict.fromkeys(("[0]", "[1]"))
     return [
-        *(
-            Kind(f"parquet of {name}", parquet_bytes(pa.table(texts | columns)), kept, {"[1]": said})
-            for name, (columns, said) in bad_seconds.items()
-        ),
+        *spoilt_second_rows(),
         Kind("parquet", whole, name="whole.parquet"),
         Kind("parquet named .json", whole),
         Kind("parquet of conversations", parquet_bytes([CHAT, CHAT]), [GOOD[0]] * 2, name="chat.parquet"),
-        Kind("parquet of no rows", parquet_bytes(pa.table(texts).slice(0, 0)), [], name="no rows.parquet"),
+        Kind("parquet of no rows", parquet_bytes(no_rows), [], name="no rows.parquet"),
         Kind("text named .parquet", lines(*GOOD).encode(), name="text.parquet"),
-        Kind("parquet of other columns", parquet_bytes([{"text": "甲"}]), [], {"[0]": "shape, with ['text']"}),
+        Kind("parquet of other columns", parquet_bytes([{"text": "甲"}]), [], {"[0]": "pretraining text: "}),
         Kind(
             "parquet of a null column",
             parquet_bytes([{"instruction": "甲", "output": None}] * 2),
             [],
-            refused | {place: '"output" is None; expected a string' for place in refused},
+            refused | {place: 'the "output" is null' for place in refused},
         ),
         Kind(
             "parquet of numbers",
             parquet_bytes([{"instruction": 1, "output": 2}] * 2),
             [],
-            refused | {place: '"instruction" is 1; expected a string' for place in refused},
+            refused | {place: '"instruction" is not a string: 1' for place in refused},
         ),
-        Kind("parquet, a column twice", parquet_bytes(twice), [], {"[0]": "a key appears twice among ['instruction'"}),
+        Kind(
+            "parquet, a column twice", parquet_bytes(twice), [], {"[0]": 'a key appears twice: "instruction", "output"'}
+        ),
         Kind("parquet cut", whole[:-20], [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet of four bytes", b"PAR1", [], {"[0]": CANNOT_BE_READ}),
         Kind("parquet broken in the middle", broken_half(), GOOD[:1] * 1000, {"[1000]": CANNOT_BE_READ}),
