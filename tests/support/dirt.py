@@ -191,6 +191,7 @@ def accepted_kinds() -> list[Kind]:
     chats = {
         "two questions": ([question, question, reply], row(instruction="甲\n\n甲", input="", output="一")),
         "turns are strings": (["丁", "二"], other),
+        "empty system turn": ([{"role": "system", "content": ""}, question, reply], {**other, **GOOD[0]}),
         "turns in parts": (
             [{"role": "user", "content": [{"type": "text", "text": "丁"}]}, reply],
             {**other, "output": "一"},
