@@ -233,7 +233,7 @@ def _options(keys: Sequence[str], columns: Columns) -> tuple[str, ...]:
     if len(whole) + bool(single) > 1 or len(set(labels)) < len(labels):
         raise ColumnsError(
             f"{quoted([*single, *whole])} may each be the options of a question; leave out some, for example "
-            f"{ignoring(columns, *(whole or single[1:]))}"
+            f"{ignoring(columns, *((whole if single else whole[1:]) or single[1:]))}"
         )
     return tuple(whole or sorted(single, key=label_of))
 
@@ -270,12 +270,17 @@ def carries_nothing(key: str) -> bool:
     return name in CARRIES_NOTHING or name.endswith("_id") or name.startswith(("__", "unnamed:"))
 
 
+def _is_like(role: str, key: str) -> bool:
+    return any(len(name) > 1 and name in name_of(key) for name in NAMES[role].split())
+
+
 def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) -> str:
     """Return what a record lacks, what it has instead, and what to type."""
     if set(map(name_of, layout.unread)) == {"text"} and not layout.keys:
         return 'pretraining text: a "text" has no question and no answer; expected instructions or conversations'
     roles = [f'"{getattr(layout, each)}" is the {each}' for each in ROLES if getattr(layout, each)]
-    others = sorted((key for key in keys if key not in layout.keys), key=carries_nothing)
+    others = [key for key in keys if key not in layout.keys]
+    others.sort(key=lambda key: (carries_nothing(key), not (_is_like("output", key) or _is_like("instruction", key))))
     found = "; ".join(filter(None, (", ".join(roles), f"other keys: {quoted(others)}" if others else "")))
     likely = [key for key in others if not carries_nothing(key)]
     if role == "instruction" and layout.output is None:
@@ -283,5 +288,6 @@ def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) ->
         return f"no instruction and no output found ({found or 'no keys'}); type {flag}"
     if role == "instruction" and not likely and layout.input:
         likely = [layout.input]
+    likely = [key for key in likely if _is_like(role, key)] or likely
     flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
     return f"no {role} found ({found})" + (f"; type {flag}" if others or likely else "")

@@ -86,7 +86,7 @@ def _record(value: object) -> dict:
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         if not all(map(_speaks, value)):
             raise RefusedError(
-                "a list of objects that may be rows or the turns of a conversation; give each row a line of its own, or "
+                "a list of objects that may be rows or the turns of a conversation; give each row its own line, or "
                 'write {"messages": [...]}'
             )
         return {"messages": value}
