@@ -74,9 +74,14 @@ def to_sample(value: object, place: str, columns: Columns = BY_NAME) -> Sample |
     try:
         return _sample(_record(value), place, columns)
     except ColumnsError as error:
-        return Refused(place, str(error))
+        return Refused(place, _on_one_line(str(error)))
     except RefusedError as error:
-        return Refused(place, str(error), kind=error.kind)
+        return Refused(place, _on_one_line(str(error)), kind=_on_one_line(error.kind))
+
+
+def _on_one_line(reason: str) -> str:
+    """Return a reason, which may name any key, as a line that any terminal can print."""
+    return reason if reason.isprintable() else reason.encode("unicode_escape").decode()
 
 
 def _record(value: object) -> dict:

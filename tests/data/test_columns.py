@@ -208,7 +208,7 @@ def test_of_two_answers_the_chosen_one_is_trained_and_never_the_rejected(questio
     assert (sample.instruction, sample.output) == ("夸我", "真棒") and "真笨" not in str(sample)
 
 
-# -------------------------------------------------------------------------------------- keys on which the answer depends
+# ------------------------------------------------------------------------------------- keys on which the answer depends
 
 
 @pytest.mark.parametrize("key", ["laws", "article", "passages", "Documents", "reference", "法条", "材料"])
@@ -444,6 +444,11 @@ def test_deep_values_are_read_or_refused():
     for key in ("output", "history", "messages", "input", "choices"):
         assert refusal({"instruction": "问", "output": "答", key: deep})
     assert refusal([[deep]])
+
+
+def test_a_reason_is_one_line_whatever_the_keys():
+    assert r"\n" in refusal({"question": "问", "laws\n": "七", "answer": "答"})
+    assert refusal({"\ud800": "问", "甲": "答"}).encode()
 
 
 def test_a_repeated_key_is_refused():
