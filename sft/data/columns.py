@@ -282,7 +282,8 @@ def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) ->
     others = [key for key in keys if key not in layout.keys]
     others.sort(key=lambda key: (carries_nothing(key), not (_is_like("output", key) or _is_like("instruction", key))))
     found = "; ".join(filter(None, (", ".join(roles), f"other keys: {quoted(others)}" if others else "")))
-    likely = [key for key in others if not carries_nothing(key)]
+    ignored = _stripped(columns.ignored)
+    likely = [key for key in others if not carries_nothing(key) and key.strip() not in ignored]
     if role == "instruction" and layout.output is None:
         flag = by_hand(columns, ("instruction", "KEY"), ("output", "KEY"))
         return f"no instruction and no output found ({found or 'no keys'}); type {flag}"
@@ -290,4 +291,4 @@ def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) ->
         likely = [layout.input]
     likely = [key for key in likely if _is_like(role, key)] or likely
     flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
-    return f"no {role} found ({found})" + (f"; type {flag}" if others or likely else "")
+    return f"no {role} found ({found})" + (f"; type {flag}" if not ignored.issuperset(others) or likely else "")

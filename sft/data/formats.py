@@ -312,7 +312,7 @@ def _options(record: dict, layout: Layout, columns: Columns) -> list[str]:
     else:
         labelled = list(zip(LETTERS, value, strict=False)) if _is_list(value) and len(value) <= len(LETTERS) else []
     if not labelled or not all(_is_option(each) for pair in labelled for each in pair):
-        raise RefusedError(f'"{key}" is not a list of options; type {ignoring(columns, key)}', brief(value))
+        raise RefusedError(f'"{key}" is not a list of options', f"{brief(value)}; type {ignoring(columns, key)}")
     texts = [(str(label), text_of(str(text), key)) for label, text in labelled]
     own = [LABELLED.match(text) for _, text in texts]
     if all(own) and [each[1] for each in own] == [label for label, _ in texts]:

@@ -241,7 +241,6 @@ def _plain(content: object, number: int) -> object:
 
 def _note_unread(turn: dict, read: set[str], number: int, remarks: dict[str, None]) -> None:
     """Remark on the keys of a turn that are not read; raise RefusedError for those that change what it means."""
-    texts = [turn[key] for key in read if isinstance(turn[key], str)]
     for key, value in turn.items():
         if not isinstance(key, str):
             raise RefusedError("a turn has a key that is not a string", f"turn {number} has {brief(key)}")
@@ -252,8 +251,8 @@ def _note_unread(turn: dict, read: set[str], number: int, remarks: dict[str, Non
             continue
         if name in MEDIA | TOOLS:
             raise RefusedError(f'a turn has "{key}", which is not read', f"turn {number}")
-        if name in SPEAKER_KEYS or name in TEXT_KEYS:
-            if isinstance(value, str) and value in texts:
+        if names := next((each for each in (SPEAKER_KEYS, TEXT_KEYS) if name in each), ()):
+            if isinstance(value, str) and any(turn[each] == value for each in read.intersection(names)):
                 continue
             raise RefusedError(f'a turn has "{key}" beside {" and ".join(sorted(read))}', f"turn {number}")
         remarks[not_read(key, " of turns")] = None

@@ -161,9 +161,8 @@ def test_a_missing_option_does_not_move_the_labels_of_those_behind_it():
 
 
 def test_options_that_are_none_or_twice_there_are_refused():
-    assert '"choices" is not a list of options; type --ignore_columns choices' in refusal(
-        {"question": "哪个？", "choices": [["石"]], "answer": "A"}
-    )
+    record = {"question": "哪个？", "choices": [["石"]], "answer": "A"}
+    assert refusal(record) == "\"choices\" is not a list of options: [['石']]; type --ignore_columns choices"
     reason = refusal({"question": "哪个？", "choices": ["石", "沙"], "options": ["梨", "桃"], "answer": "A"})
     assert '"choices", "options"' in reason
     assert read({"question": "哪个？", "choices": ["石"], "options": ["梨"], "answer": "A"}, typed(advised(reason)[-1]))
@@ -331,6 +330,11 @@ def test_missing_roles_are_told_with_what_is_there_and_what_to_type(record: dict
     assert all(f'"{key}"' in reason for key in record)
     if "KEY" not in ends:
         assert read(record, typed(advised(reason)[0])).output == "早"
+
+
+def test_an_ignored_key_is_not_advised():
+    reason = refusal({"article": "天", "a": "蓝"}, Columns(ignored=frozenset(["article"])))
+    assert reason == 'no instruction found ("a" is the output; other keys: "article")'
 
 
 def test_no_key_is_left_out_of_a_refusal_and_the_likely_ones_come_first():

@@ -3,6 +3,7 @@
 The examples are the same at every run.
 """
 
+import shlex
 from itertools import count
 
 import pytest
@@ -13,6 +14,7 @@ from sft.data.columns import MEDIA, NAMES, NOT_READ, OPTIONS, SOURCES, TOOLS, Co
 from sft.data.formats import Sample, to_sample
 from sft.data.shards import Refused
 from sft.data.turns import NO_MEANING, SPEAKERS, TRAINED_KEYS
+from sft.training.arguments import DataArguments
 
 KNOWN = sorted(name for names in NAMES.values() for name in names.split())
 QUESTIONS, ANSWERS = NAMES["instruction"].split(), NAMES["output"].split()
@@ -123,10 +125,8 @@ def turns(draw: st.DrawFn) -> list[dict]:
         turn = {"role": speaker, "content": f"第{next(numbers)}句。"}
         if draw(st.booleans()):
             turn = {"question": f"第{next(numbers)}问？", "answer": f"第{next(numbers)}答。"}
-        more = {
-            key: draw(st.sampled_from([f"第{next(numbers)}外。", "user", 0, 1, None]))
-            for key in draw(st.lists(TURN_KEYS, max_size=2))
-        }
+        keys = draw(st.lists(TURN_KEYS, max_size=2))
+        more = {key: draw(st.sampled_from([f"第{next(numbers)}外。", "user", 0, 1, None])) for key in keys}
         drawn.append(turn | more)
     return drawn
 
@@ -162,10 +162,6 @@ def test_what_is_advised_works_or_leads_to_other_advice(record: dict):
 
 
 def typed(advice: str, columns: Columns) -> Columns:
-    import shlex
-
-    from sft.training.arguments import DataArguments
-
     words = shlex.split(advice)
     given = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
     own = DataArguments("x", **given).reads_by

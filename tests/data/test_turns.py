@@ -250,7 +250,7 @@ def test_keys_of_turns_that_are_not_read_are_named():
     assert sample.remarks == ("not read: reasoning_content of turns", "not read: 心情 of turns")
 
 
-@pytest.mark.parametrize("more", [{"value": "雪"}, {"text": "雪"}, {"from": "gpt"}], ids=str)
+@pytest.mark.parametrize("more", [{"value": "雪"}, {"text": "user"}, {"from": "gpt"}], ids=str)
 def test_a_second_text_or_speaker_of_a_turn_is_refused(more: dict):
     [key] = more
     assert f'a turn has "{key}" beside content and role' in refusal(said({**ASKS, **more}, SAYS))
