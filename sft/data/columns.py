@@ -241,6 +241,8 @@ def _options(keys: Sequence[str], columns: Columns) -> tuple[str, ...]:
 def _only(role: str, names: list[str], columns: Columns) -> str | None:
     if len(names) < 2:
         return names[0] if names else None
+    if len(_stripped(frozenset(names))) < len(names):
+        raise ColumnsError(f"{quoted(names)} may each be the {role}; rename one")
     flags = " or ".join(by_hand(columns, (role, name)) for name in names)
     raise ColumnsError(f"{quoted(names)} may each be the {role}; type {flags}")
 
