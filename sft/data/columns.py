@@ -4,9 +4,9 @@ Nothing that may change what a record means is left out in silence. A key has a 
 reported as not read, or, where the answer may depend on it, is the reason to refuse the record.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 
 def _words(text: str) -> frozenset[str]:
@@ -17,7 +17,7 @@ ROLES = ("messages", "system", "history", "instruction", "input", "output")  # i
 NAMES = {
     "messages": "messages conversations conversation dialog dialogue dialogs turns chat data 对话",
     "system": "system system_prompt system_message meta_instruction 系统 系统提示",
-    "history": "history 历史",
+    "history": "history chat_history dialog_history conversation_history 历史 历史对话 对话历史",
     "instruction": "instruction prompt query question problem q human 问题 指令 问 提问",
     "input": "input inputs context 输入",
     "output": "output response answer completion target targets solution a assistant reply chosen 回答 答案 输出 答",
@@ -42,8 +42,9 @@ SOURCES = _words(
     evidence fact facts background knowledge material materials 原文 文章 材料 法条 背景 上下文 资料
     """
 )
-OPTIONS = _words("choices options option 选项")
-LETTERS = "ABCDEFGHIJ"
+OPTIONS = _words("choices options option endings candidates 选项")  # a list, or texts by label
+OPTION = re.compile("(?:option|choice|opt|选项)_?([a-j1-9])")  # one of them
+NUM_LETTERS = 10  # options under "A", "B", ... or "a", "b", ...
 GOOD, BAD = _words("label kto_tag is_good"), _words("is_bad is_rejected")  # true or false
 MAX_NAMED = 30  # keys in one message
 NOT_READ = "not read: "  # begins the remark on a key, or on a key of turns
@@ -60,9 +61,11 @@ class Columns:
     by_hand: tuple[tuple[str, str], ...] = ()
     ignored: frozenset[str] = frozenset()
     trains_empty_outputs: bool = False
+    layouts: dict[tuple[str, ...], "Layout"] = field(default_factory=dict, repr=False, compare=False)  # found so far
 
 
 BY_NAME = Columns()
+MAX_LAYOUTS = 10_000  # kept at a time
 MESSAGES = _words(NAMES["messages"])
 
 
@@ -83,11 +86,8 @@ class Layout:
     verdicts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Return the keys that have a role, in the order of a conversation."""
-        return tuple(filter(None, (getattr(self, role) for role in ROLES)))
+    keys: tuple[str, ...] = ()  # those that have a role, in the order of a conversation
+    shape: str = ""  # the same, for people
 
 
 def name_of(key: str) -> str:
@@ -97,83 +97,157 @@ def name_of(key: str) -> str:
 
 def quoted(keys: Sequence[str]) -> str:
     """Return keys for people, long ones shortened."""
-    shown = [f'"{shortened(key)}"' for key in keys[:MAX_NAMED]]
+    shown = [f'"{key if len(key) <= 40 else key[:40] + "..."}"' for key in keys[:MAX_NAMED]]
     if len(keys) > MAX_NAMED:
         shown.append(f"{len(keys) - MAX_NAMED} more")
     return ", ".join(shown).encode("utf-8", "backslashreplace").decode()
 
 
-@lru_cache(maxsize=10_000)
+def not_read(key: str, of: str = "") -> str:
+    """Return the remark on a key that is not read, on one line that any terminal can print."""
+    shown = key if key.isprintable() else ascii(key)[1:-1]
+    return f"{NOT_READ}{shown if len(shown) <= 80 else shown[:80] + '...'}{of}"
+
+
+def by_hand(columns: Columns, *given: tuple[str, str]) -> str:
+    """Return the flag that gives keys their roles, beside those that it gives already."""
+    roles, keys = {role for role, _ in given}, {key.strip() for _, key in given}
+    kept = [(role, key) for role, key in columns.by_hand if role not in roles and key.strip() not in keys]
+    return _flag("--columns", [f"{role}={key}" for role, key in (*kept, *given)])
+
+
+def ignoring(columns: Columns, *keys: str) -> str:
+    """Return the flag that leaves keys unread, beside those that it leaves already."""
+    return _flag("--ignore_columns", [*sorted(columns.ignored), *keys])
+
+
+def _flag(name: str, values: Sequence[str]) -> str:
+    value = ",".join(dict.fromkeys(each.strip() for each in values))
+    return f"{name} {value}" if re.fullmatch("[\\w=,.:/@%+-]+", value) else f"{name} '{value}'"
+
+
 def layout_of(keys: tuple[str, ...], columns: Columns) -> Layout:
     """Return the role of each key of a record that has a value under it.
 
     Raises ColumnsError where two readings are possible, or a key changes what the record means and has no role.
     """
+    layout = columns.layouts.get(keys)
+    if layout is None:
+        layout = _layout(keys, columns)
+        if len(columns.layouts) >= MAX_LAYOUTS:
+            columns.layouts.clear()
+        columns.layouts[keys] = layout
+    return layout
+
+
+def _layout(keys: tuple[str, ...], columns: Columns) -> Layout:
+    if strange := [key for key in keys if not isinstance(key, str)]:
+        raise ColumnsError(f"a key is not a string but of the type {type(strange[0]).__name__}")
     found, rest = _by_role(keys, columns)
-    unread = [key for key in keys if key in columns.ignored]
-    decided = {role for role, _ in columns.by_hand}
+    ignored = _stripped(columns.ignored)
+    unread = [key for key in keys if key.strip() in ignored]
+    beside = _beside(found, unread, {role for role, _ in columns.by_hand})
+    one = {role: _only(role, names, columns) for role, names in found.items()}
+    options = _options(rest, columns)
+    verdicts = tuple(key for key in rest if name_of(key) in GOOD | BAD)
+    is_question = one["input"] and name_of(one["input"]) != "context"
+    if not one["messages"] and one["instruction"] is None and is_question:
+        one["instruction"] = one.pop("input")
+    if one["messages"] and options:
+        raise ColumnsError(f'"{options[0]}" has no place beside turns; type {ignoring(columns, *options)}')
+    rest = [key for key in rest if key not in (*options, *verdicts)]
+    _check_meaning(rest, one, columns)
+    unread += [key for key in rest if not carries_nothing(key)]
+    with_role = tuple(filter(None, map(one.get, ROLES)))
+    shape = "/".join(not_read(key).removeprefix(NOT_READ) for key in with_role)
+    return Layout(
+        **one, options=options, verdicts=verdicts, beside=beside, unread=tuple(unread), keys=with_role, shape=shape
+    )
+
+
+def _beside(found: dict[str, list[str]], unread: list[str], decided: set[str]) -> tuple[str, ...]:
+    """Return the keys of pairs beside messages; without a role is what another was chosen over by hand."""
     if found["messages"] and "messages" not in decided and decided & {"instruction", "output"}:
         unread += found["messages"]
         found["messages"] = []
-    beside: tuple[str, ...] = ()
-    if found["messages"]:
-        pairs = [key for role in ("history", "instruction", "input", "output") for key in found[role]]
-        pairs = [key for key in pairs if key != "chosen"]
-        found = {role: [key for key in names if key not in pairs] for role, names in found.items()}
-        if "messages" in decided:
-            unread += pairs
-        else:
-            beside = tuple(pairs)
-    one = {role: _only(role, names) for role, names in found.items()}
-    letters = tuple(key for key in rest if key in LETTERS and {"A", "B"} <= set(rest))
-    options = letters or tuple(key for key in rest if name_of(key) in OPTIONS)
-    verdicts = tuple(key for key in rest if name_of(key) in GOOD | BAD)
-    if not one["messages"] and one["instruction"] is None and one["input"]:
-        one["instruction"] = one.pop("input")
-    if one["messages"] and options:
-        raise ColumnsError(f'"{options[0]}" has no place beside turns; type --ignore_columns {",".join(options)}')
-    rest = [key for key in rest if key not in (*options, *verdicts)]
-    _check_meaning(rest)
-    unread += [key for key in rest if not carries_nothing(key)]
-    return Layout(**one, options=options, verdicts=verdicts, beside=beside, unread=tuple(unread))
+    if not found["messages"]:
+        return ()
+    pairs = [key for role in ("history", "instruction", "input", "output") for key in found[role]]
+    pairs = [key for key in pairs if name_of(key) != "chosen"]
+    for role, names in found.items():
+        found[role] = [key for key in names if key not in pairs]
+    if "messages" not in decided:
+        return tuple(pairs)
+    unread += pairs
+    return ()
+
+
+def _stripped(keys: frozenset[str]) -> set[str]:
+    return {key.strip() for key in keys}
+
+
+def role_of(key: str, columns: Columns) -> str | None:
+    """Return the role of a key, by hand or by its name; what is given by hand is alone in its role."""
+    if key.strip() in _stripped(columns.ignored):
+        return None
+    given = {name.strip(): role for role, name in columns.by_hand}
+    role = given.get(key.strip()) or ROLE_OF.get(name_of(key))
+    return None if role in given.values() and key.strip() not in given else role
 
 
 def _by_role(keys: tuple[str, ...], columns: Columns) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the keys of each role, and those without one; what is given by hand is alone in its role."""
-    by_hand = {key: role for role, key in columns.by_hand}
-    decided = set(by_hand.values())
+    """Return the keys of each role, and those without one that are not ignored."""
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     rest = []
-    are_options = "A" in keys and "B" in keys
+    letters, ignored = _letters(keys), _stripped(columns.ignored)
+    given = _stripped(frozenset(key for _, key in columns.by_hand))
     for key in keys:
-        if key in columns.ignored:
+        if key.strip() in ignored:
             continue
-        role = by_hand.get(key)
-        if role is None and not (are_options and key in LETTERS):
-            role = ROLE_OF.get(name_of(key))
-            role = None if role in decided else role
+        role = role_of(key, columns) if key not in letters or key in given else None
         (found[role] if role else rest).append(key)
     return found, rest
 
 
-def keys_of(role: str, keys: Sequence[str], columns: Columns) -> list[str]:
-    """Return the keys that would have a role, whatever stands under them."""
-    return _by_role(tuple(keys), columns)[0][role]
+def _letters(keys: Sequence[str]) -> frozenset[str]:
+    """Return the keys of options that are named by letters."""
+    for first in "Aa":
+        letters = [chr(ord(first) + number) for number in range(NUM_LETTERS)]
+        if letters[0] in keys and letters[1] in keys:
+            return frozenset(letters).intersection(keys)
+    return frozenset()
 
 
-def shortened(key: str) -> str:
-    """Return a key for people."""
-    return key if len(key) <= 40 else key[:40] + "..."
+def label_of(key: str) -> str | None:
+    """Return the label of the option that a key holds; None if it holds them all."""
+    single = OPTION.fullmatch(name_of(key))
+    return single[1].upper() if single else key if len(key) == 1 else None
 
 
-def _only(role: str, names: list[str]) -> str | None:
+def _options(keys: Sequence[str], columns: Columns) -> tuple[str, ...]:
+    """Return the keys of the options of a multiple-choice question, in the order of their labels."""
+    letters = _letters(keys)
+    single = [key for key in keys if key in letters or OPTION.fullmatch(name_of(key))]
+    whole = [key for key in keys if name_of(key) in OPTIONS and not OPTION.fullmatch(name_of(key))]
+    labels = [label_of(key) for key in single]
+    if len(whole) + bool(single) > 1 or len(set(labels)) < len(labels):
+        raise ColumnsError(
+            f"{quoted([*single, *whole])} may each be the options of a question; leave out some, for example "
+            f"{ignoring(columns, *((whole if single else whole[1:]) or single[1:]))}"
+        )
+    return tuple(whole or sorted(single, key=label_of))
+
+
+def _only(role: str, names: list[str], columns: Columns) -> str | None:
     if len(names) < 2:
         return names[0] if names else None
-    flags = " or ".join(f"--columns {role}={name}" for name in names)
+    if len(_stripped(frozenset(names))) < len(names):
+        raise ColumnsError(f"{quoted(names)} may each be the {role}; rename one")
+    flags = " or ".join(by_hand(columns, (role, name)) for name in names)
     raise ColumnsError(f"{quoted(names)} may each be the {role}; type {flags}")
 
 
-def _check_meaning(keys: Sequence[str]) -> None:
+def _check_meaning(keys: Sequence[str], one: dict[str, str | None], columns: Columns) -> None:
     """Raise ColumnsError for a key without a role on which the answer may depend."""
     for key in keys:
         name = name_of(key)
@@ -181,11 +255,15 @@ def _check_meaning(keys: Sequence[str]) -> None:
             raise ColumnsError(f'"{key}" holds images, video or sound, which these models cannot see or hear')
         if name in TOOLS:
             raise ColumnsError(f'"{key}" lists tools, and calls of tools are not trained here')
-        if name in SOURCES:
-            raise ColumnsError(
-                f'"{key}" has no role, and the answer may depend on it; type --columns input={key}, or '
-                f"--ignore_columns {key}"
-            )
+    if sources := [key for key in keys if name_of(key) in SOURCES]:
+        flags = [] if one["messages"] or one.get("input") else [by_hand(columns, ("input", sources[0]))]
+        if not flags or len(sources) == 1:
+            flags.append(ignoring(columns, *sources))
+        else:
+            flags = [f"{flags[0]} {ignoring(columns, *sources[1:])}", ignoring(columns, *sources)]
+        has = "has no role, and the answer may depend on it"
+        has = has if len(sources) == 1 else "have no role, and the answer may depend on them"
+        raise ColumnsError(f"{quoted(sources)} {has}; type {', or '.join(flags)}")
 
 
 def carries_nothing(key: str) -> bool:
@@ -194,14 +272,25 @@ def carries_nothing(key: str) -> bool:
     return name in CARRIES_NOTHING or name.endswith("_id") or name.startswith(("__", "unnamed:"))
 
 
-def missing(layout: Layout, keys: Sequence[str], role: str) -> str:
+def _is_like(role: str, key: str) -> bool:
+    return any(len(name) > 1 and name in name_of(key) for name in NAMES[role].split())
+
+
+def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) -> str:
     """Return what a record lacks, what it has instead, and what to type."""
     if set(map(name_of, layout.unread)) == {"text"} and not layout.keys:
         return 'pretraining text: a "text" has no question and no answer; expected instructions or conversations'
     roles = [f'"{getattr(layout, each)}" is the {each}' for each in ROLES if getattr(layout, each)]
-    others = sorted((key for key in keys if key not in layout.keys), key=carries_nothing)
+    others = [key for key in keys if key not in layout.keys]
+    others.sort(key=lambda key: (carries_nothing(key), not (_is_like("output", key) or _is_like("instruction", key))))
     found = "; ".join(filter(None, (", ".join(roles), f"other keys: {quoted(others)}" if others else "")))
-    likely = [key for key in others if not carries_nothing(key)]
+    ignored = _stripped(columns.ignored)
+    likely = [key for key in others if not carries_nothing(key) and key.strip() not in ignored]
     if role == "instruction" and layout.output is None:
-        return f"no instruction and no output found ({found or 'no keys'}); type --columns instruction=KEY,output=KEY"
-    return f"no {role} found ({found}); type --columns {role}={likely[0] if len(likely) == 1 else 'KEY'}"
+        flag = by_hand(columns, ("instruction", "KEY"), ("output", "KEY"))
+        return f"no instruction and no output found ({found or 'no keys'}); type {flag}"
+    if role == "instruction" and not likely and layout.input:
+        likely = [layout.input]
+    likely = [key for key in likely if _is_like(role, key)] or likely
+    flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
+    return f"no {role} found ({found})" + (f"; type {flag}" if not ignored.issuperset(others) or likely else "")

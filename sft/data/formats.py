@@ -2,36 +2,38 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 
 from sft.data.columns import (
     BAD,
     BY_NAME,
     MESSAGES,
-    NOT_READ,
-    ROLE_OF,
     Columns,
     ColumnsError,
     Layout,
-    keys_of,
+    by_hand,
+    ignoring,
+    label_of,
     layout_of,
     missing,
     name_of,
+    not_read,
     quoted,
-    shortened,
+    role_of,
 )
 from sft.data.json_stream import RepeatedKeys
 from sft.data.shards import Block, Refused, place_of, read_blocks, records_of
-from sft.data.texts import RefusedError, brief, text_of, visible
-from sft.data.turns import SPEAKER_KEYS, SPEAKERS, Talk, read_reply, read_talk
+from sft.data.texts import RefusedError, brief, text_of, truth_of
+from sft.data.turns import SPEAKER_KEYS, Talk, followed, read_reply, read_talk
 from sft.program import UserError
 from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
-NO_VALUE = (None, "", [], {})  # as good as no key at all
-NO_LIST = ("[]", "{}")  # nor are these, where no text is expected
+TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a text, and not nothing
+WRAPPERS = ("instances", "data")  # keys of rows within a row
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LABELLED = re.compile(r"\s*[(（]?([A-Za-z1-9])\s*[.、:：)）]")  # an option with its label
 IMAGE = "<image>"  # stands in a text where a picture was
 
 
@@ -61,11 +63,6 @@ class Sample:
         """Return the prompt of the last reply."""
         return build_prompt(chat_instruction(self.system, self.history, self.instruction), self.input)
 
-    def texts(self) -> Iterator[str]:
-        """Yield every text of the sample."""
-        yield from (self.system, self.instruction, self.input, self.output)
-        yield from chain.from_iterable(self.history)
-
 
 # ------------------------------------------------------------------------------------------------------------- records
 
@@ -77,93 +74,125 @@ def to_sample(value: object, place: str, columns: Columns = BY_NAME) -> Sample |
     try:
         return _sample(_record(value), place, columns)
     except ColumnsError as error:
-        return Refused(place, visible(str(error)))
+        return Refused(place, _on_one_line(str(error)))
     except RefusedError as error:
-        return Refused(place, visible(str(error)), kind=visible(error.kind))
-    except RecursionError:
-        return Refused(place, "a value is nested too deeply")
+        return Refused(place, _on_one_line(str(error)), kind=_on_one_line(error.kind))
+
+
+def _on_one_line(reason: str) -> str:
+    """Return a reason, which may name any key, as a line that any terminal can print."""
+    return reason if reason.isprintable() else reason.encode("unicode_escape").decode()
 
 
 def _record(value: object) -> dict:
     """Return a record as an object: a list may hold one object, or the turns of a conversation."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return _record(value[0])
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and not _speaks(value[0]):
+        value = value[0]
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        if _are_rows(value):
-            raise RefusedError("a list of rows in one row; write each row alone")
+        if not all(map(_speaks, value)):
+            raise RefusedError(
+                "a list of objects that may be rows or the turns of a conversation; give each row its own line, or "
+                'write {"messages": [...]}'
+            )
         return {"messages": value}
     if not isinstance(value, dict):
         raise RefusedError(f"a JSON {type(value).__name__}; expected an object")
     if isinstance(value, RepeatedKeys):
         raise RefusedError("a key appears twice", quoted(sorted(map(str, value))))
-    return value
+    return _unwrapped(value) if "data" in value or "instances" in value else value
 
 
-def _are_rows(turns: object) -> bool:
-    """Tell whether a list holds rows, each a question and an answer of its own, rather than turns."""
-    return isinstance(turns, list) and any(
-        isinstance(turn, dict)
-        and not any(key in turn for key in SPEAKER_KEYS)
-        and any(ROLE_OF.get(name_of(key)) == "output" and name_of(key) not in SPEAKERS for key in turn)
-        for turn in turns
-    )
+def _speaks(turn: object) -> bool:
+    return isinstance(turn, dict) and any(name_of(key) in SPEAKER_KEYS for key in turn if isinstance(key, str))
 
 
-def _has_value(key: str, value: object, columns: Columns) -> bool:
-    """Tell whether there is a value under a key; "[]" is one where it may be a question or an answer."""
-    if value in NO_LIST:
-        return any(key in keys_of(role, (key,), columns) for role in ("instruction", "input", "output"))
-    return value not in NO_VALUE
+def _unwrapped(record: dict) -> dict:
+    """Return a record with the one row that it wraps in its place, as seed tasks are written."""
+    for wrapper in WRAPPERS:
+        rows = record.get(wrapper)
+        is_list = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
+        if not is_list or all(map(_speaks, rows)):
+            continue
+        others = {key: value for key, value in record.items() if key != wrapper}
+        if len(rows) > 1 or isinstance(rows[0], RepeatedKeys) or others.keys() & rows[0].keys():
+            raise RefusedError(
+                f'"{wrapper}" holds rows, or the turns of a conversation; write them as rows of their own, or rename '
+                '"data" to "messages"'
+            )
+        return others | rows[0]
+    return record
 
 
 def _sample(record: dict, place: str, columns: Columns) -> Sample:
-    keys = [key for key, value in record.items() if _has_value(key, value, columns)]
-    plain = [key for key in keys if key in MESSAGES and not isinstance(record[key], list | dict)]  # such as a date
-    layout = layout_of(tuple(key for key in keys if key not in plain), columns)
-    remarks = [f"{NOT_READ}{shortened(key)}" for key in (*layout.unread, *plain, *_check_verdicts(record, layout))]
+    keys = tuple([key for key, value in record.items() if _has_value(value, key, columns)])
+    plain: list[str] = []
+    if not MESSAGES.isdisjoint(keys):
+        plain = _plain_messages(keys, record, columns)
+        keys = tuple(key for key in keys if key not in plain)
+    layout = layout_of(keys, columns)
+    remarks = [not_read(key) for key in (*layout.unread, *plain)]
+    if layout.verdicts:
+        remarks += [not_read(key) for key in _check_verdicts(record, layout, columns)]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
-    system = system if system.strip() else ""
-    talk = _talk(record, layout)
-    if talk:
-        sample = _from_talk(talk, record, layout, system, place)
-        remarks += talk.remarks
-    else:
-        sample = _from_pair(record, layout, system, place, columns)
-        if not sample.output.strip():
-            remarks.append("empty output, trained as an answer of nothing")
-    if IMAGE in sample.instruction or IMAGE in sample.input or any(IMAGE in question for question, _ in sample.history):
-        raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
-    remarks += sample.remarks
-    return replace(sample, shape=visible("/".join(layout.keys)), remarks=tuple(dict.fromkeys(map(visible, remarks))))
+    if talk := _talk(record, layout, columns):
+        return _from_talk(talk, record, layout, system, place, remarks, columns)
+    return _from_pair(record, layout, system, place, remarks, columns)
 
 
-def _check_verdicts(record: dict, layout: Layout) -> list[str]:
+def _has_value(value: object, key: str, columns: Columns) -> bool:
+    """Tell whether there is something under a key; an empty list may be written as a text where no text is expected."""
+    if value.__class__ is str:
+        return value != "" and (len(value) > 2 or value not in ("[]", "{}") or role_of(key, columns) in TEXTS)
+    return bool(value) if isinstance(value, list | dict) else value is not None
+
+
+def _plain_messages(keys: tuple[str, ...], record: dict, columns: Columns) -> list[str]:
+    """Return the keys that are named like a conversation and hold none, such as a number of turns."""
+    given = {key.strip() for _, key in columns.by_hand}
+    plain = [key for key in keys if key in MESSAGES and key not in given and not isinstance(record[key], list | dict)]
+    plain = [key for key in plain if key not in columns.ignored]
+    for key in plain:
+        if isinstance(record[key], str) and key not in ("data", "turns") and len(plain) < len(keys):
+            raise ColumnsError(
+                f'"{key}" is a text, not a list of turns, and the answer may depend on it; type '
+                f"{by_hand(columns, ('input', key))}, or {ignoring(columns, key)}"
+            )
+    return plain
+
+
+def _check_verdicts(record: dict, layout: Layout, columns: Columns) -> list[str]:
     """Refuse a record that says that its answer is a bad one; return the keys that say something else."""
+    unread = []
     for key in layout.verdicts:
-        if record[key] is (name_of(key) in BAD):
-            raise RefusedError(f'"{key}" is {str(record[key]).lower()}: the answer is marked as a bad one')
-    return [key for key in layout.verdicts if not isinstance(record[key], bool)]
+        truth = truth_of(record[key])
+        if truth is (name_of(key) in BAD):
+            raise RefusedError(
+                f'"{key}" is {brief(record[key]).lower()}: the answer is marked as a bad one; if it is not, type '
+                f"{ignoring(columns, key)}"
+            )
+        if truth is None or not (isinstance(record[key], bool) or name_of(key) in BAD):
+            unread.append(key)
+    return unread
 
 
-def _talk(record: dict, layout: Layout) -> Talk | None:
+def _talk(record: dict, layout: Layout, columns: Columns) -> Talk | None:
     """Return the conversation of a record; None if it is one question and answer."""
-    question, answer = (record[key] if key else None for key in (layout.messages or layout.instruction, layout.output))
+    key = layout.messages or layout.instruction
+    question, answer = (record[each] if each else None for each in (key, layout.output))
     if layout.messages is None and not isinstance(question, list) and not (_are_turns(answer) and answer[1:]):
         return None
-    if layout.messages and name_of(layout.messages) == "data" and _are_rows(question):
-        raise RefusedError(f'"{layout.messages}" holds a list of rows; write each row alone')
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question or []
-    if answer is not None and isinstance(turns, list):
-        turns = _followed(turns, answer)
-    talk = read_talk(turns, layout.messages or layout.instruction or layout.output)
+    if layout.output and isinstance(turns, list):
+        turns = followed(turns, answer, key, layout.output)
+    talk = read_talk(turns, key or layout.output)
     texts = [text for pair in talk.pairs for text in pair]
     own = (layout.history, layout.input, *layout.options) if layout.messages is None else ()
-    for key in (*layout.beside, *filter(None, own)):
-        if not any(record[key] == text for text in texts):
-            turns_key = layout.messages or layout.instruction or layout.output
+    for other in (*layout.beside, *filter(None, own)):
+        if not (isinstance(record[other], str) and record[other] in texts):
+            flag = by_hand(columns, ("instruction", "KEY"), ("output", "KEY"))
             raise RefusedError(
-                f'"{key}" and the turns of "{turns_key}" are both there; type --ignore_columns {key}, or '
-                "--columns instruction=KEY,output=KEY"
+                f'"{other}" and the turns of "{key or layout.output}" are both there; type {ignoring(columns, other)}, '
+                f"or {flag}"
             )
     return talk
 
@@ -172,94 +201,93 @@ def _are_turns(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _followed(turns: list, answer: object) -> list:
-    """Return turns with the answer that follows them: a text, a turn, or turns, which may begin with the same ones."""
-    if isinstance(answer, dict):
-        return [*turns, answer]
-    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
-        [answer] = answer
-    if isinstance(answer, list):
-        if not _are_turns(answer):
-            raise RefusedError("an answer to turns is a list of something else", brief(answer))
-        values, first = ([_values(each) for each in turns] for turns in (turns, answer[: len(turns)]))
-        begins_alike = values == first
-        return answer if begins_alike else [*turns, *answer]
-    return [*turns, {"role": "assistant", "content": answer}]
+def _refuse_images(*texts: str) -> None:
+    if any(IMAGE in text for text in texts):
+        raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
 
 
-def _values(turn: object) -> object:
-    return list(turn.values()) if isinstance(turn, dict) else turn
+def _one_system(system: str, other: str, key: str | None, columns: Columns) -> str:
+    """Return the system text that stands in a record and perhaps again in its turns, ending in a newline."""
+    if system and other and system.strip() != other.strip():
+        raise RefusedError(f'"{key}" and the first turn are two system texts; type {ignoring(columns, key)}')
+    return f"{system or other}\n" if system or other else ""
 
 
-def _from_talk(talk: Talk, record: dict, layout: Layout, system: str, place: str) -> Sample:
-    if system and talk.system and system.strip() != talk.system.strip():
-        raise RefusedError(
-            f'"{layout.system}" and the first turn are two system texts; type --ignore_columns {layout.system}'
-        )
-    system = system or talk.system
+def _from_talk(
+    talk: Talk, record: dict, layout: Layout, system: str, place: str, remarks: list[str], columns: Columns
+) -> Sample:
+    system = _one_system(system, talk.system, layout.system, columns)
     *history, (question, reply) = talk.pairs
-    return Sample(
-        question, "", reply, place, tuple(history), f"{system}\n" if system else "", talk.note, talk.untrained
-    )
+    _refuse_images(system, *(question for question, _ in talk.pairs))
+    remarks = tuple(dict.fromkeys((*remarks, *talk.remarks)))
+    return Sample(question, "", reply, place, tuple(history), system, talk.note, talk.untrained, layout.shape, remarks)
 
 
-def _from_pair(record: dict, layout: Layout, system: str, place: str, columns: Columns) -> Sample:
+def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: list[str], columns: Columns) -> Sample:
     """Return the sample of one question and answer, with an input, a system text and a history where it has them."""
     if layout.instruction is None:
-        raise RefusedError(_lacking(record, layout, "instruction", columns))
+        raise _lacks(record, layout, "instruction", columns)
+    noted: dict[str, None] = dict.fromkeys(remarks)
     instruction = text_of(record[layout.instruction], layout.instruction)
     input = _input(record[layout.input], layout.input) if layout.input else ""
-    if layout.output:
-        output, of_output = _answer(record[layout.output], layout.output)
-    else:
-        output, of_output = _empty_output(record, layout, columns), ()
-    past = read_talk(record[layout.history], layout.history, is_whole=False) if layout.history else None
-    if past and past.note:
-        raise RefusedError(f'"{layout.history}" ends with a question without a reply')
+    output = _answer(record[layout.output], layout.output, noted) if layout.output else ""
     if not instruction.strip() and not input.strip():
         raise RefusedError(f'the "{layout.instruction}" is empty')
-    if not output.strip() and not columns.trains_empty_outputs:
-        raise RefusedError(f'the "{layout.output}" is empty; --empty_output train trains it')
-    history = past.pairs if past else ()
-    if past and past.system:
-        system = system or past.system
-    for number, text in enumerate(_options(record, layout)):
-        instruction += f"\n{chr(ord('A') + number)}. {text}"
+    if not output.strip():
+        _check_empty(record, layout, columns)
+        noted["empty output, trained as an answer of nothing"] = None
+    if layout.options:
+        instruction = "\n".join((instruction, *_options(record, layout, columns)))
+    history: tuple[tuple[str, str], ...] = ()
+    untrained: tuple[int, ...] = ()
+    if layout.history:
+        past = read_talk(record[layout.history], layout.history, is_whole=False)
+        if past.note:
+            raise RefusedError(f'"{layout.history}" ends with a question without a reply')
+        history, untrained = past.pairs, past.untrained
+        system = _one_system(system, past.system, layout.system, columns)
+        noted.update(dict.fromkeys(past.remarks))
+    elif system:
+        system += "\n"
     if not (input or history or system):
         history, instruction = split_history(instruction)
     if input and (history or system):  # only the template of a single task has a place for an input
         instruction, input = f"{instruction}\n{input}", ""
-    untrained, remarks = (past.untrained, past.remarks) if past else ((), ())
-    system = f"{system}\n" if system else ""
-    return Sample(instruction, input, output, place, history, system, "", untrained, "", (*remarks, *of_output))
+    _refuse_images(system, instruction, input, *(question for question, _ in history))
+    return Sample(instruction, input, output, place, history, system, "", untrained, layout.shape, tuple(noted))
 
 
-def _lacking(record: dict, layout: Layout, role: str, columns: Columns) -> str:
-    """Return why a record has no instruction or no output."""
-    if empty := keys_of(role, tuple(record), columns):
-        return f'the "{empty[0]}" is {"null" if record[empty[0]] is None else "empty"}'
-    turns = [key for key in keys_of("messages", tuple(record), columns) if name_of(key) != "data"]
-    if turns and not layout.keys:
-        key = turns[0]
-        return f'the "{key}" is empty' if record[key] in NO_VALUE else f'"{key}" is not a list of turns'
-    return missing(layout, [key for key in record if _has_value(key, record[key], columns)], role)
+def _lacks(record: dict, layout: Layout, role: str, columns: Columns) -> RefusedError:
+    """Return why a record without a text of this role is refused."""
+    if empty := _empty(record, role, columns):
+        return RefusedError(f'the "{empty}" is {"null" if record[empty] is None else "empty"}')
+    keys = [key for key, value in record.items() if _has_value(value, key, columns)]
+    return RefusedError(missing(layout, keys, role, columns))
 
 
-def _empty_output(record: dict, layout: Layout, columns: Columns) -> str:
-    """Return "" for an output that is there and empty, if such ones are trained."""
-    empty = [key for key in keys_of("output", tuple(record), columns) if record[key] == ""]
-    if not empty:
-        raise RefusedError(_lacking(record, layout, "output", columns))
+def _empty(record: dict, role: str, columns: Columns) -> str | None:
+    """Return a key of this role that is there and has no value."""
+    keys = [key for key in record if isinstance(key, str) and role_of(key, columns) == role]
+    return next((key for key in keys if not _has_value(record[key], key, columns)), None)
+
+
+def _check_empty(record: dict, layout: Layout, columns: Columns) -> None:
+    """Refuse an output without a text, unless it is there and such ones are trained."""
+    key = layout.output or _empty(record, "output", columns)
+    if key is None or not isinstance(record[key], str):
+        raise _lacks(record, layout, "output", columns)
     if not columns.trains_empty_outputs:
-        raise RefusedError(f'the "{empty[0]}" is empty; --empty_output train trains it')
-    return ""
+        raise RefusedError(f'the "{key}" is empty; --empty_output train trains it')
 
 
-def _answer(value: object, key: str) -> tuple[str, tuple[str, ...]]:
-    """Return an answer, which preference data may write as one turn, and the remarks on it."""
-    if isinstance(value, list) and len(value) == 1:
-        [value] = value
-    return read_reply(value, key) if isinstance(value, dict) else (text_of(value, key), ())
+def _answer(value: object, key: str, remarks: dict[str, None]) -> str:
+    """Return an answer, which preference data may write as one turn."""
+    if value.__class__ is not str:
+        if isinstance(value, list) and len(value) == 1:
+            [value] = value
+        if isinstance(value, dict):
+            return read_reply(value, key, remarks)
+    return text_of(value, key)
 
 
 def _input(value: object, key: str) -> str:
@@ -269,19 +297,35 @@ def _input(value: object, key: str) -> str:
     return text_of(value, key)
 
 
-def _options(record: dict, layout: Layout) -> list[str]:
-    """Return the texts of a multiple-choice question."""
-    if not layout.options:
-        return []
-    values = [record[key] for key in layout.options]
-    if any(isinstance(value, RepeatedKeys) for value in values):
-        raise RefusedError(f'"{layout.options[0]}" repeats a key')
-    if len(values) == 1 and name_of(layout.options[0]) not in ("a", "b"):
-        [value] = values
-        values = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
-        raise RefusedError(f'"{layout.options[0]}" is not a list of options', brief(record[layout.options[0]]))
-    return [text_of(each, layout.options[0]) for each in values]
+def _options(record: dict, layout: Layout, columns: Columns) -> list[str]:
+    """Return the options of a multiple-choice question, each with the label that the answer may be."""
+    key = layout.options[0]
+    label, value = label_of(key), record[key]
+    if label is None and isinstance(value, str):
+        return [text_of(value, key)]
+    if label is not None:
+        labelled = [(label_of(key), record[key]) for key in layout.options]
+    elif isinstance(value, dict) and {"text", "label"} == value.keys() and all(map(_is_list, value.values())):
+        labelled = list(zip(value["label"], value["text"], strict=False)) * (len(value["label"]) == len(value["text"]))
+    elif isinstance(value, dict):
+        labelled = list(value.items())
+    else:
+        labelled = list(zip(LETTERS, value, strict=False)) if _is_list(value) and len(value) <= len(LETTERS) else []
+    if not labelled or not all(_is_option(each) for pair in labelled for each in pair):
+        raise RefusedError(f'"{key}" is not a list of options', f"{brief(value)}; type {ignoring(columns, key)}")
+    texts = [(str(label), text_of(str(text), key)) for label, text in labelled]
+    own = [LABELLED.match(text) for _, text in texts]
+    if all(own) and [each[1] for each in own] == [label for label, _ in texts]:
+        return [text for _, text in texts]
+    return [f"{label}. {text}" for label, text in texts]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _is_option(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:

@@ -5,7 +5,18 @@ from reprlib import Repr
 MAX_CHARACTERS = 1_000_000  # in a prompt or an answer, some hundred times what a model reads
 BRIEF = Repr()  # shortens values of any size and depth
 BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxdict = 2, 40, 40, 3
-brief = BRIEF.repr
+YES, NO = (
+    frozenset(["true", "yes", "y", "1", "1.0", "good", "chosen"]),
+    frozenset(["false", "no", "n", "0", "0.0", "bad", "rejected"]),
+)
+
+
+def brief(value: object) -> str:
+    """Return a value of any kind for people, shortened."""
+    try:
+        return BRIEF.repr(value).encode("utf-8", "backslashreplace").decode()
+    except Exception:  # the value's own code fails
+        return type(value).__name__
 
 
 def visible(text: str) -> str:
@@ -20,6 +31,18 @@ class RefusedError(Exception):
         """Take a reason without values, under which refused records are counted, and what this record has."""
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
+
+
+def truth_of(value: object) -> bool | None:
+    """Return what a value says that may be written as a number or a word; None if it is neither yes nor no."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        return True if word in YES else False if word in NO else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+    return None if number != number else number != 0
 
 
 def text_of(value: object, key: str, where: str = "") -> str:

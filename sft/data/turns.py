@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from sft.data.columns import MEDIA, NOT_READ, ROLE_OF, TOOLS, name_of, shortened
+from sft.data.columns import MEDIA, ROLE_OF, TOOLS, name_of, not_read
 from sft.data.json_stream import RepeatedKeys
-from sft.data.texts import RefusedError, brief, text_of
+from sft.data.texts import MAX_CHARACTERS, RefusedError, brief, text_of, truth_of
 
 WORDS = {
     "user": "user human prompter usr 用户 问 人类",
@@ -16,9 +17,12 @@ WORDS = {
 SPEAKERS = {word: speaker for speaker, words in WORDS.items() for word in words.split()}
 TOOL_SPEAKERS = frozenset(("tool", "function", "function_call", "observation", "ipython"))
 SPEAKER_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "utterance")
-TRAINED_KEYS = ("weight", "train", "loss")  # OpenAI, axolotl, swift: 0 or false keeps a reply out of the loss
-NO_MEANING = frozenset((*SPEAKER_KEYS, *TEXT_KEYS, *TRAINED_KEYS, "name", "id", "timestamp", "create_time", "lang"))
+# OpenAI, axolotl, swift, XTuner and others: 0 or false keeps a reply out of the loss.
+TRAINED_KEYS = frozenset(("weight", "train", "loss", "output_with_loss", "trainable", "training"))
+NO_MEANING = frozenset(("name", "id", "timestamp", "create_time", "lang"))
 MOSS_TAG = re.compile(r"^<\|[^|]+\|>:\s*|\s*<eo[a-z]>\s*$")  # around each text of MOSS
+
+NUMBERED = re.compile(r"turn_[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,10 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     return Talk(system, pairs, untrained, tuple(remarks), note)
 
 
-def read_reply(turn: dict, name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text of a turn that stands where an answer is expected, and remarks; refuse one that is no reply."""
-    if isinstance(turn, RepeatedKeys):
-        raise RefusedError("a turn repeats a key", f'in "{name}"')
-    if not any(key in turn for key in SPEAKER_KEYS):
-        turn = {"role": "assistant", **turn}
-    remarks: dict[str, None] = {}
-    said = list(_said(turn, 1, remarks))
-    if [each.speaker for each in said] != ["assistant"]:
-        raise RefusedError(f'"{name}" is not a reply of the assistant', brief(turn))
-    if not said[0].is_trained:
-        raise RefusedError("no reply is to be trained")
-    return said[0].text, tuple(remarks)
-
-
 def _listed(turns: object, name: str) -> Sequence[object]:
     """Return turns as a list; MOSS numbers them, and UltraChat writes only the texts, in turn."""
-    if (
-        isinstance(turns, dict)
-        and not isinstance(turns, RepeatedKeys)
-        and all(key.startswith("turn_") for key in turns)
-    ):
-        return list(turns.values())
+    if isinstance(turns, dict) and all(NUMBERED.fullmatch(str(key)) for key in turns):
+        return [turns[key] for key in sorted(turns, key=lambda key: int(key[len("turn_") :]))]
     if not isinstance(turns, list):
         raise RefusedError(f'"{name}" is not a list of turns', brief(turns))
     if turns and all(isinstance(turn, str) for turn in turns):
@@ -113,13 +98,50 @@ def _listed(turns: object, name: str) -> Sequence[object]:
 
 def _joined(said: list[Said]) -> list[Said]:
     """Return the turns with consecutive ones of a speaker joined by a blank line."""
-    joined: list[Said] = []
-    for each in said:
-        if joined and joined[-1].speaker == each.speaker:
-            last = joined.pop()
-            each = Said(each.speaker, f"{last.text}\n\n{each.text}", last.is_trained and each.is_trained)
-        joined.append(each)
+    joined = []
+    for speaker, group in groupby(said, key=lambda each: each.speaker):
+        first, *others = group
+        if others:
+            text = "\n\n".join(each.text for each in (first, *others))
+            if len(text) > MAX_CHARACTERS:
+                raise RefusedError(f"turns of one speaker have more than {MAX_CHARACTERS:,} characters together")
+            first = Said(speaker, text, all(each.is_trained for each in (first, *others)))
+        joined.append(first)
     return joined
+
+
+def followed(turns: list, answer: object, name: str, key: str) -> list:
+    """Return the turns under `name` with the answer under `key`: a text, a turn, or turns, which may begin with the
+    same ones. Raise RefusedError where the answer is no reply to the last of them."""
+    after = answer if isinstance(answer, list) else [answer]
+    after = [{"role": "assistant", "content": each} if isinstance(each, str) else each for each in after]
+    before, gist = [_gist(turn) for turn in turns], [_gist(turn) for turn in after]
+    if turns and gist[: len(turns)] == before:
+        return after
+    if before[-len(gist) :] == gist:
+        return turns
+    if before and before[-1][0] != "assistant" and gist and gist[0][0] == "assistant" or not before:
+        return [*turns, *after]
+    raise RefusedError(f'"{key}" is no reply to the last turn of "{name}"; type --ignore_columns {key}')
+
+
+def _gist(turn: object) -> tuple[object, object]:
+    """Return who speaks in a turn and what, as far as that is text."""
+    if not isinstance(turn, dict):
+        return None, turn if isinstance(turn, str) else id(turn)
+    speaker, text = (next((turn[key] for key in keys if key in turn), None) for keys in (SPEAKER_KEYS, TEXT_KEYS))
+    speaker = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    return speaker, text if isinstance(text, str) else id(turn)
+
+
+def read_reply(turn: dict, key: str, remarks: dict[str, None]) -> str:
+    """Return the text of an answer that is written as a turn; raise RefusedError if it is no trained reply."""
+    if not any(name in turn for name in SPEAKER_KEYS):
+        turn = {"role": "assistant", **turn}
+    said = list(_said(turn, 1, remarks))
+    if [each.speaker for each in said] != ["assistant"] or not said[0].is_trained:
+        raise RefusedError(f'"{key}" is not one trained reply', brief(turn))
+    return said[0].text
 
 
 def _said(turn: object, number: int, remarks: dict[str, None]) -> Iterator[Said]:
@@ -130,22 +152,40 @@ def _said(turn: object, number: int, remarks: dict[str, None]) -> Iterator[Said]
         raise RefusedError("a turn is neither an object nor a text", f"turn {number} is {brief(turn)}")
     if isinstance(turn, RepeatedKeys):
         raise RefusedError("a turn repeats a key", f"turn {number}")
-    speaker_key = next((key for key in SPEAKER_KEYS if key in turn), None)
-    text_key = next((key for key in TEXT_KEYS if key in turn), None)
+    speaker_key, text_key = _first(SPEAKER_KEYS, turn), _first(TEXT_KEYS, turn)
+    if not (speaker_key and text_key):
+        turn = _plainly_named(turn, number)
+        speaker_key, text_key = _first(SPEAKER_KEYS, turn), _first(TEXT_KEYS, turn)
     if speaker_key and text_key:
         yield _one(turn, speaker_key, text_key, number, remarks)
         return
-    keys = [key for key, value in turn.items() if _pair_role(key) and value not in (None, "")]
+    keys = [key for key, value in turn.items() if _pair_role(key) and _says_something(value)]
     by_speaker = {_pair_role(key): key for key in keys}
     if not {"user", "assistant"} <= by_speaker.keys() or len(by_speaker) < len(keys):
         raise RefusedError(
             "a turn has no speaker and text, nor a question and a reply", f"turn {number} is {brief(turn)}"
         )
-    _note_unread(turn, set(keys), remarks)
+    _note_unread(turn, set(keys), number, remarks)
+    is_trained = _is_trained(turn, number, remarks)
     for speaker in ("system", "user", "assistant"):
         if key := by_speaker.get(speaker):
             text = text_of(turn[key], key, f"turn {number}")
-            yield Said(speaker, MOSS_TAG.sub("", text) if "MOSS" in turn else text, is_trained(turn))
+            yield Said(speaker, MOSS_TAG.sub("", text) if "MOSS" in turn else text, is_trained)
+
+
+def _first(names: Sequence[str], turn: dict) -> str | None:
+    """Return the first of some keys that a turn has, if possible one with a value."""
+    has = [name for name in names if name in turn]
+    return next((name for name in has if turn[name] not in (None, "")), has[0]) if len(has) > 1 else (*has, None)[0]
+
+
+def _plainly_named(turn: dict, number: int) -> dict:
+    """Return a turn with "Role" and "Content" as "role" and "content"; others keep their keys."""
+    if strange := [key for key in turn if not isinstance(key, str)]:
+        raise RefusedError("a turn has a key that is not a string", f"turn {number} has {brief(strange[0])}")
+    known = {*SPEAKER_KEYS, *TEXT_KEYS}
+    named = {name if (name := name_of(key)) in known else key: value for key, value in turn.items()}
+    return named if len(named) == len(turn) else turn
 
 
 def _pair_role(key: str) -> str | None:
@@ -169,13 +209,24 @@ def _one(turn: dict, speaker_key: str, text_key: str, number: int, remarks: dict
             'a speaker is not "user", "assistant" or "system"', f"turn {number} has {speaker_key} {brief(speaker)}"
         )
     text = text_of(_plain(turn[text_key], number), text_key, f"turn {number}")
-    _note_unread(turn, {speaker_key, text_key}, remarks)
-    return Said(SPEAKERS[name], text, is_trained(turn))
+    if len(turn) > 2:
+        _note_unread(turn, {speaker_key, text_key}, number, remarks)
+    return Said(SPEAKERS[name], text, len(turn) == 2 or _is_trained(turn, number, remarks))
 
 
-def is_trained(turn: dict) -> bool:
+def _is_trained(turn: dict, number: int, remarks: dict[str, None]) -> bool:
     """Tell whether a turn's own weight lets it be trained."""
-    return all(turn.get(key) is None or bool(turn[key]) for key in TRAINED_KEYS)
+    is_trained = True
+    for key, value in turn.items():
+        if value is None or name_of(key) not in TRAINED_KEYS:
+            continue
+        truth = truth_of(value)
+        if truth is None:
+            raise RefusedError(f'"{key}" of a turn is neither true nor false', f"turn {number} has {brief(value)}")
+        if truth and value not in (1, True) and not isinstance(value, str):
+            remarks[f"{key} of turns other than 0 and 1, trained as 1"] = None
+        is_trained &= truth
+    return is_trained
 
 
 def _plain(content: object, number: int) -> object:
@@ -188,13 +239,24 @@ def _plain(content: object, number: int) -> object:
     return "".join(part["text"] for part in content)
 
 
-def _note_unread(turn: dict, read: set[str], remarks: dict[str, None]) -> None:
+def _note_unread(turn: dict, read: set[str], number: int, remarks: dict[str, None]) -> None:
+    """Remark on the keys of a turn that are not read; raise RefusedError for those that change what it means."""
     for key, value in turn.items():
+        if not isinstance(key, str):
+            raise RefusedError("a turn has a key that is not a string", f"turn {number} has {brief(key)}")
         name = name_of(key)
-        if value in (None, "", [], {}) or key in read or name in NO_MEANING:
+        if key in read or name in NO_MEANING or name in TRAINED_KEYS or not _says_something(value):
             continue
-        if "MOSS" in turn and "None" in str(value):
+        if "MOSS" in turn and isinstance(value, str) and MOSS_TAG.sub("", MOSS_TAG.sub("", value)).strip() == "None":
             continue
         if name in MEDIA | TOOLS:
-            raise RefusedError(f'a turn has "{key}", which is not read')
-        remarks[f"{NOT_READ}{shortened(key)} of turns"] = None
+            raise RefusedError(f'a turn has "{key}", which is not read', f"turn {number}")
+        if names := next((each for each in (SPEAKER_KEYS, TEXT_KEYS) if name in each), ()):
+            if isinstance(value, str) and any(turn[each] == value for each in read.intersection(names)):
+                continue
+            raise RefusedError(f'a turn has "{key}" beside {" and ".join(sorted(read))}', f"turn {number}")
+        remarks[not_read(key, " of turns")] = None
+
+
+def _says_something(value: object) -> bool:
+    return bool(value) if isinstance(value, str | list | dict) else value is not None
