@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from sft.data.columns import (
@@ -62,6 +63,11 @@ class Sample:
     def prompt(self) -> str:
         """Return the prompt of the last reply."""
         return build_prompt(chat_instruction(self.system, self.history, self.instruction), self.input)
+
+    def texts(self) -> Iterator[str]:
+        """Yield every text of the sample."""
+        yield from (self.system, self.instruction, self.input, self.output)
+        yield from chain.from_iterable(self.history)
 
 
 # ------------------------------------------------------------------------------------------------------------- records

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.tokenise import FALCON_TOKENIZER
 from sft.data.encode import Encoder, special_text, special_tokens
-from sft.data.formats import Sample, read_samples
 from sft.data.files import find_shards
+from sft.data.formats import Sample, read_samples
 from sft.model.load import load_tokenizer
 from sft.prompts import build_prompt
 from sft.tools.random_model import FALCON_SPECIAL_TOKENS
