@@ -45,7 +45,10 @@ SOURCES = _words(
 OPTIONS = _words("choices options option endings candidates 选项")  # a list, or texts by label
 OPTION = re.compile("(?:option|choice|opt|选项)_?([a-j1-9])")  # one of them
 NUM_LETTERS = 10  # options under "A", "B", ... or "a", "b", ...
-GOOD, BAD = _words("label kto_tag is_good"), _words("is_bad is_rejected")  # true or false
+GOOD = _words(
+    "label kto_tag is_good is_correct correct is_chosen accepted train trainable loss weight"
+)  # true or false
+BAD = _words("is_bad is_rejected")
 MAX_NAMED = 30  # keys in one message
 NOT_READ = "not read: "  # begins the remark on a key, or on a key of turns
 

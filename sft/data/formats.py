@@ -173,8 +173,8 @@ def _check_verdicts(record: dict, layout: Layout, columns: Columns) -> list[str]
         truth = truth_of(record[key])
         if truth is (name_of(key) in BAD):
             raise RefusedError(
-                f'"{key}" is {brief(record[key]).lower()}: the answer is marked as a bad one; if it is not, type '
-                f"{ignoring(columns, key)}"
+                f'"{key}" is {brief(record[key]).lower()}: the answer is marked as a bad one or not to be trained; '
+                f"if it is not, type {ignoring(columns, key)}"
             )
         if truth is None or not (isinstance(record[key], bool) or name_of(key) in BAD):
             unread.append(key)

@@ -22,6 +22,7 @@ TRAINED_KEYS = frozenset(("weight", "train", "loss", "output_with_loss", "traina
 NO_MEANING = frozenset(("name", "id", "timestamp", "create_time", "lang"))
 MOSS_TAG = re.compile(r"^<\|[^|]+\|>:\s*|\s*<eo[a-z]>\s*$")  # around each text of MOSS
 
+NAMED = re.compile(r"\s*([\w-]{1,12})\s*[:：]\s*")  # a speaker before a text
 NUMBERED = re.compile(r"turn_[0-9]{1,9}")
 
 
@@ -92,6 +93,9 @@ def _listed(turns: object, name: str) -> Sequence[object]:
     if not isinstance(turns, list):
         raise RefusedError(f'"{name}" is not a list of turns', brief(turns))
     if turns and all(isinstance(turn, str) for turn in turns):
+        named = [NAMED.match(turn) for turn in turns]
+        if all(each and each[1].lower() in SPEAKERS for each in named):
+            return [{"role": each[1], "content": turn[each.end() :]} for each, turn in zip(named, turns, strict=True)]
         return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     return turns
 

@@ -133,7 +133,16 @@ def test_options_that_are_none_or_twice_there_are_refused():
     assert refusal({"messages": turns, "choices": ["石", "沙"]}).endswith("type --ignore_columns choices")
 
 
-BAD = [{"label": False}, {"kto_tag": False}, {"is_bad": True}, {"is_good": False}, {"is_rejected": True}]
+BAD = [
+    {"train": False},
+    {"weight": 0},
+    {"is_correct": False},
+    {"label": False},
+    {"kto_tag": False},
+    {"is_bad": True},
+    {"is_good": False},
+    {"is_rejected": True},
+]
 SAYS_BAD = [
     {"label": 0},
     {"kto_tag": "false"},

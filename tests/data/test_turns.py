@@ -79,6 +79,12 @@ def test_the_system_text_of_xtuner_stands_in_the_first_turn():
     assert (sample.system, sample.output) == ("你是渔夫。\n", "不下。")
 
 
+def test_texts_that_all_name_their_speakers_are_theirs():
+    sample = read({"conversations": ["Assistant: 早", "Human：下雨吗？", "助手: 不下。"]})
+    assert (sample.history, sample.instruction, sample.output) == ((("", "早"),), "下雨吗？", "不下。")
+    assert read({"conversations": ["User: 下雨吗？", "天气: 不下。"]}).output == "天气: 不下。"
+
+
 def moss(number: int, human: str, bot: str, **others: str) -> dict:
     nothing = dict.fromkeys(("Inner Thoughts", "Commands", "Tool Responses"), "<|Results|>: None<eor>\n") | others
     return {f"turn_{number}": {"Human": f"<|Human|>: {human}<eoh>\n", "MOSS": f"<|MOSS|>: {bot}<eom>\n", **nothing}}
