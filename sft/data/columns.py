@@ -296,4 +296,5 @@ def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) ->
         likely = [layout.input]
     likely = [key for key in likely if _is_like(role, key)] or likely
     flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
-    return f"no {role} found ({found})" + (f"; type {flag}" if not ignored.issuperset(others) or likely else "")
+    is_there = likely or not ignored.issuperset(others)
+    return f"no {role} found ({found}); {f'type {flag}' if is_there else f'expected a key such as {role}'}"

@@ -267,6 +267,10 @@ def _lacks(record: dict, layout: Layout, role: str, columns: Columns) -> Refused
     """Return why a record without a text of this role is refused."""
     if empty := _empty(record, role, columns):
         return RefusedError(f'the "{empty}" is {"null" if record[empty] is None else "empty"}')
+    turns = [key for key in record if isinstance(key, str) and role_of(key, columns) == "messages"]
+    if turns and not layout.keys:
+        is_empty = not _has_value(record[turns[0]], turns[0], columns)
+        return RefusedError(f'the "{turns[0]}" is {"empty" if is_empty else "not a list of turns"}')
     keys = [key for key, value in record.items() if _has_value(value, key, columns)]
     return RefusedError(missing(layout, keys, role, columns))
 

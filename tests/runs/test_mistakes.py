@@ -64,7 +64,7 @@ BAD_DATA = {
         GOOD_ROW + '{"instruction": "a"}\n',
         {},
         "has 1 of 2 rows refused, more than --max_bad_fraction 0.01",
-        ':2: no output found ("instruction" is the instruction); type --columns output=KEY',
+        ':2: no output found ("instruction" is the instruction); expected a key such as output',
     ),
     "no instruction field": (
         '[{"title": "a", "output": "b"}]',

@@ -85,7 +85,7 @@ BAD_ROWS = {
     "null everywhere": (dict.fromkeys(GOOD[0]), 'the "instruction" is null'),
     "missing output": (
         without("output"),
-        'no output found ("instruction" is the instruction, "input" is the input); type --columns output=KEY',
+        'no output found ("instruction" is the instruction, "input" is the input); expected a key such as output',
     ),
     "missing instruction": (
         {"output": "二", "title": "乙"},
@@ -111,10 +111,10 @@ BAD_ROWS = {
     "null for a row": (None, "a JSON NoneType; expected an object"),
     "two questions by name": (row(question="乙"), '"instruction", "question" may each be the instruction'),
     "passage without a role": (row(passage="文"), '"passage" has no role, and the answer may depend on it'),
-    "list of rows for a row": ([GOOD[0], GOOD[2]], "a list of rows in one row; write each row alone"),
+    "list of rows for a row": ([GOOD[0], GOOD[2]], "a list of objects that may be rows or the turns of a conversation"),
     "turn of a user for an output": (
         row(output={"role": "user", "content": "二"}),
-        '"output" is not a reply of the assistant: {',
+        '"output" is not one trained reply: {',
     ),
     "history of numbers": (row(history=[1, 2]), "a turn is neither an object nor a text: turn 1 is 1"),
     "history of a question alone": (row(history=["乙", "二", "丙"]), '"history" ends with a question without a reply'),
@@ -140,7 +140,7 @@ BAD_TURNS = {
     "no turns": ([], 'the "messages" is empty'),
     "a question alone": (CHAT["messages"][:1], "no question with a reply: ['user']"),
     "turns are numbers": ([1, 2], "a turn is neither an object nor a text: turn 1 is 1"),
-    "turns are a string": ("乙", '"messages" is not a list of turns'),
+    "turns are a string": ("乙", 'the "messages" is not a list of turns'),
     "turn without a text": (
         [{"role": "user"}],
         "a turn has no speaker and text, nor a question and a reply: turn 1 is {'role': 'user'}",
@@ -337,7 +337,7 @@ def array_kinds() -> list[Kind]:
             "object around rows of numbers",
             b'{"n": 2, "rows": [1, 2]}',
             [],
-            {":1": "of no known shape, with ['n', 'ro"},
+            {":1": 'no instruction and no output found (other keys: "n", "rows")'},
         ),
         Kind("objects over several lines", spread.encode()),
         Kind("objects over several lines, cut", spread[:-3].encode(), GOOD[:2], {"[2]": said}),
