@@ -17,7 +17,7 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")  # JSON's own
 WRAPPERS = {"data", "instances", "rows", "examples", "items", "train"}  # keys of an array of rows
 # Keys of a row, which may have an array as well, and of a turn.
 ROW_KEYS = {"instruction", "prompt", "question", "query", "input", "context", "output", "response", "answer", "system"}
-SPEAKERS = {"role", "from", "speaker"}
+SPEAKERS, SAID = {"role", "from", "speaker"}, {"content", "value", "text"}
 MEMBER = re.compile(r'\s*"([^"\\]*)"\s*:\s*')  # no known key has an escape
 SCALAR = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[-+.\w]+)\s*,')
 
@@ -182,32 +182,37 @@ def wrapped_in(text: str) -> str | None:
     while member := MEMBER.match(text, position):
         key, position = member[1], member.end()
         if text.startswith("[", position):
-            keys = _first_keys(text, position + 1)
-            return key if key in WRAPPERS and keys and not keys & SPEAKERS else None
+            return key if key in WRAPPERS and _begins_with_row(text, position + 1) else None
         if key in ROW_KEYS or not (scalar := SCALAR.match(text, position)):
             return None
         position = scalar.end()
     return None
 
 
-def _first_keys(text: str, position: int) -> set[str]:
-    """Return the keys of the object that an array begins with behind its bracket; none if it begins otherwise."""
+def _begins_with_row(text: str, position: int) -> bool:
+    """Tell whether the elements of an array, from behind its bracket on, are objects and not turns."""
     position = WHITESPACE.match(text, position).end()
-    if not text.startswith("{", position):
-        return set()
     try:
         element, _ = DECODER.raw_decode(text, position)
-        return set(element)
     except (ValueError, RecursionError):  # longer than the text
-        member = MEMBER.match(text, position + 1)
-        return {member[1]} if member else set()
+        return text.startswith("{", position)
+    return isinstance(element, dict) and not _is_turn(element)
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & SPEAKERS and value.keys() & SAID)
 
 
 def is_lines_of_lists(text: str) -> bool:
-    """Tell whether a text begins with a line that holds an array, and is followed by others or has one's turns."""
+    """Tell whether a text begins with a line that holds an array, and others follow it or it holds only turns."""
     line, _, rest = text.partition("\n")
-    is_one = not rest.strip() and bool(_first_keys(text, 1) & SPEAKERS)
-    return (is_one or rest.lstrip().startswith("[")) and _is_json(line.rstrip().removesuffix(","))
+    if rest.strip() and not rest.lstrip().startswith("["):
+        return False
+    try:
+        values = DECODER.decode(line.rstrip().removesuffix(","))
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip()) or (bool(values) and all(map(_is_turn, values)))
 
 
 def spans_lines(text: str) -> bool:

@@ -47,8 +47,12 @@ def _to_row(cells: list[str], names: list[str]) -> Row:
     if not any(map(str.strip, cells)):
         return None
     if len(cells) != len(names):
-        return f"has {len(cells):,} fields; the first row names {len(names):,} columns"
+        return f"has {_counted(cells, 'field')}; the first row names {_counted(names, 'column')}"
     return dict(zip(names, cells, strict=True))
+
+
+def _counted(texts: list[str], name: str) -> str:
+    return f"{len(texts):,} {name if len(texts) == 1 else f'{name}s'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV

@@ -147,6 +147,12 @@ def test_each_line_that_is_an_array_is_a_row(tmp_path: Path):
     assert values_in(write(tmp_path, json.dumps(turns[0]))) == [(1, turns[0])]
 
 
+def test_rows_that_name_a_role_are_no_turns(tmp_path: Path):
+    rows = [{"role": "老师", "question": "春", "answer": "夏"}] * 2
+    for content in (json.dumps(rows), json.dumps({"data": rows})):
+        assert values_in(write(tmp_path, content)) == list(enumerate(rows))
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_rows_in_arrays_in_one_array_are_its_elements(tmp_path: Path, indent: int | None):
     rows = [[{"role": "user"}], [{"role": "user"}]]

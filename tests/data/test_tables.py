@@ -69,7 +69,7 @@ def test_a_row_of_too_many_or_too_few_fields_is_refused_alone(tmp_path: Path):
     assert found_in(write(tmp_path, text, "rows.csv")) == [
         (":2", {"ask": "春", "say": "1"}),
         (":3", "has 3 fields; the first row names 2 columns"),
-        (":4", "has 1 fields; the first row names 2 columns"),
+        (":4", "has 1 field; the first row names 2 columns"),
         (":5", {"ask": "冬", "say": "4"}),
     ]
 
