@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import prompts
 from sft.data import encode, formats, shards
-from sft.data.columns import BY_NAME, Columns
+from sft.data.columns import BY_NAME, NOT_READ, Columns
 from sft.data.encode import Encoder, Example
 from sft.data.formats import Sample
 from sft.data.shards import Block, Refused
@@ -45,6 +45,7 @@ SCHEMA = pa.schema(
         "digest": pa.binary(16),  # equal for rows of equal text
     }
 )
+MAX_KINDS = 50  # shapes, remarks and reasons that are counted apart in a file whose every row may have other keys
 ALONE_BYTES = 2 * 2**20  # smaller data is tokenised faster than processes start
 
 
@@ -202,11 +203,15 @@ def new_file(file: Path) -> dict:
 
 def _add(file: dict, block: Encoded) -> None:
     """Add what a block has to what is known of its file."""
-    for name in ("shapes", "remarks"):
+    for name, others in (("shapes", "other keys"), ("remarks", f"{NOT_READ}other keys")):
+        known = file[name]
         for text, number in getattr(block, name).items():
-            file[name][text] = file[name].get(text, 0) + number
+            text = text if text in known or len(known) < MAX_KINDS else others
+            known[text] = known.get(text, 0) + number
+    known = file["refused"]
     for kind, (number, place, reason) in block.refused.items():
-        file["refused"].setdefault(kind, [0, place, reason])[0] += number
+        kind = kind if kind in known or len(known) < MAX_KINDS else "other reasons"
+        known.setdefault(kind, [0, place, reason])[0] += number
 
 
 def _blocks(files: Sequence[Path], counts: Counts) -> Iterator[tuple[int, Block]]:

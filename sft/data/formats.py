@@ -140,6 +140,7 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
     if layout.verdicts:
         remarks += [not_read(key) for key in _check_verdicts(record, layout, columns)]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
+    system = system if system.strip() else ""
     if talk := _talk(record, layout, columns):
         return _from_talk(talk, record, layout, system, place, remarks, columns)
     return _from_pair(record, layout, system, place, remarks, columns)

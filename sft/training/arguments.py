@@ -72,7 +72,9 @@ class ModelArguments:
 class DataArguments:
     """Which data, and how they become sequences of tokens."""
 
-    data_path: str = field(metadata={"help": "A file of instructions or conversations, or a folder of such files."})
+    data_path: str = field(
+        metadata={"help": "A file of instructions or conversations, a folder of them, or OWNER/NAME."}
+    )
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, for an eval loss."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Without --eval_data_path: the share of rows to hold out, chosen by --seed."}
@@ -291,9 +293,12 @@ def _check_output(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 
 def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
-    roles = [role for role, _ in data_args.reads_by.by_hand]
-    if len(set(roles)) < len(roles):
-        raise UserError(f"--columns {data_args.columns} gives a role twice; type each role once")
+    columns = data_args.reads_by
+    given = [each for pair in columns.by_hand for each in pair]
+    if len({role for role, _ in columns.by_hand}) + len({key for _, key in columns.by_hand}) < len(given):
+        raise UserError(f"--columns {data_args.columns} gives a role or a key twice; type each once")
+    if both := columns.ignored.intersection(key for _, key in columns.by_hand):
+        raise UserError(f"{sorted(both)[0]} is in --columns and in --ignore_columns; leave it out of one of them")
     if not 0 <= data_args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must be in [0, 1), such as 0.05")
     if not data_args.streaming:

@@ -310,7 +310,9 @@ def test_missing_roles_are_told_with_what_is_there_and_what_to_type(record: dict
 
 def test_an_ignored_key_is_not_advised():
     reason = refusal({"article": "天", "a": "蓝"}, Columns(ignored=frozenset(["article"])))
-    assert reason == 'no instruction found ("a" is the output; other keys: "article")'
+    assert (
+        reason == 'no instruction found ("a" is the output; other keys: "article"); expected a key such as instruction'
+    )
 
 
 def test_no_key_is_left_out_of_a_refusal_and_the_likely_ones_come_first():

@@ -107,9 +107,9 @@ def test_bad_json_is_named_by_its_line(tmp_path: Path, bad: str):
         ({"title\n": "你", "output": "好"}, 'other keys: "title\\n"); type --columns instruction=title'),
         ({"response\n": " ", "prompt": "你"}, 'the "response\\n" is empty'),
         ({"instruction": 1, "output": "好"}, '"instruction" is not a string: 1'),
-        ({"instruction": [1], "output": "好"}, '"output" is no reply to the last turn of "instruction"'),
+        ({"instruction": [1], "output": "好"}, "a turn is neither an object nor a text: turn 1 is 1"),
         ({"instruction": [1], "output": [2, "好"]}, '"output" is no reply to the last turn of "instruction"'),
-        ({"instruction": [1], "output": [{"role": "user"}, 2]}, "a turn is neither an object nor a text: turn 1 is 1"),
+        ({"instruction": [1], "output": [{"role": "user"}, 2]}, '"output" is no reply to the last turn'),
         ({"instruction": "你", "output": None}, 'the "output" is null'),
         ({"instruction": "你", "output": []}, 'the "output" is empty'),
         ({"instruction": "你", "output": ["好\n", "坏"]}, '"output" is not a string: ['),
@@ -183,7 +183,7 @@ def test_a_history_is_one_in_any_form(tmp_path: Path, history: list):
 def test_what_is_noted_of_keys_can_be_printed_by_any_terminal(tmp_path: Path):
     record = {"instruction": "你", "output": "好", "\ud83d": 1, "a\nb": 1, "长" * 1000: 1}
     [row] = read_samples(write(tmp_path, json.dumps(record)))
-    assert row.remarks == ("not read: \\ud83d", "not read: a\\nb", f"not read: {'长' * 40}...")
+    assert row.remarks == ("not read: \\ud83d", "not read: a\\nb", f"not read: {'长' * 80}...")
 
 
 def test_one_row_without_its_instruction_takes_it_from_no_other(tmp_path: Path):

@@ -63,7 +63,8 @@ def test_shapes_remarks_and_kinds_of_refusal_are_each_a_line_with_their_numbers(
     assert rest == [
         "shape    instruction/input/output and messages in 1 file (lines)",
         "shape    unknown in 1 file (lines, read as gb18030, not as UTF-8)",
-        "noted    a.json: not read: 备注 in 1 row, note in 1,400 rows; 2,000 x consecutive turns of one speaker joined",
+        "noted    a.json: not read: 备注 in 1 row, note in 1,400 rows; "
+        "consecutive turns of one speaker joined in 2,000 rows",
         "noted    \\udcb6.json: not read: id2 in 2 rows",
         "refused  a.json:7: often: 2; and 1,199 more like it",
         "refused  b.json:1: often: 3; and 29 more like it",

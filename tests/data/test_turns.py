@@ -322,7 +322,8 @@ def test_what_is_not_read_or_refused_is_counted_by_file_and_kind_and_printed(
     assert f"noted    {files[0]}: not read: 心情 in 3 rows" in lines
     [noted] = [line for line in lines if line.startswith(f"noted    {files[1]}")]
     assert (
-        "1 x replies not trained, by their weight" in noted and "1 x consecutive turns of one speaker joined" in noted
+        "replies not trained, by their weight in 1 row" in noted
+        and "consecutive turns of one speaker joined in 1 row" in noted
     )
     told = [line for line in lines if line.startswith("refused")]
     assert told[0] == f'refused  {files[0]}:1: "output" is not a string: 7; and 24 more like it'
