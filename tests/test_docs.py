@@ -1,6 +1,5 @@
 """Every command, path and figure that the READMEs and docs/ name, against the project."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -132,16 +131,22 @@ def test_the_sample_has_as_many_rows_as_the_page_says():
     assert f"{num_rows} rows of our own" in text_of("README.md")
 
 
-def test_belle_rows_become_rows_as_the_page_says(tmp_path):
-    from sft.data.formats import read_samples
+def test_belle_rows_are_read_as_the_page_says():
+    from sft.data.formats import Sample, to_sample
+    from sft.training.arguments import DataArguments
 
     seed = {"id": "seed_task_8", "instruction": "写诗", "instances": [{"input": "夏天", "output": "鹿葱。"}]}
     asked = [{"question": "一？", "std_answer": "1", "class": "math"}, {"question": "二？", "std_answer": " "}]
-    (tmp_path / "belle_zh_seed_tasks.jsonl").write_text(json.dumps(seed) + "\n")
-    (tmp_path / "belle_eval_set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    blocks = re.findall(r"```sh\n(.*?)```", text_of("docs/data.md"), re.DOTALL)
-    [block] = [block for block in blocks if "belle_zh_seed_tasks" in block]
-    python = f'python() {{ "{sys.executable}" "$@"; }}\n'
-    subprocess.run(["sh", "-euc", python + block], cwd=tmp_path, check=True)
-    rows = [row for file in sorted((tmp_path / "my_rows").iterdir()) for row in read_samples(file)]
-    assert [(row.instruction, row.input, row.output) for row in rows] == [("一？", "", "1"), ("写诗", "夏天", "鹿葱。")]
+    [given] = re.findall(r"belle_eval_set.jsonl .* --columns (\S+)", text_of("docs/data.md"))
+    columns = DataArguments("x", columns=given).reads_by
+    rows = [to_sample(seed, "a:1"), *(to_sample(row, "b:1", columns) for row in asked)]
+    texts = [(row.instruction, row.input, row.output) for row in rows if isinstance(row, Sample)]
+    assert texts == [("写诗", "夏天", "鹿葱。"), ("一？", "", "1")]
+
+
+def test_every_name_in_the_table_of_roles_has_that_role():
+    from sft.data.columns import ROLE_OF
+
+    rows = re.findall(r"^\| (\w+) \| (`.*`.*) \|$", text_of("docs/data.md"), re.M)
+    found = {name: role for role, names in rows for name in re.findall("`([^`]+)`", names)}
+    assert len(found) > 30 and found == {name: ROLE_OF.get(name) for name in found}
