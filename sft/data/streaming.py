@@ -101,7 +101,7 @@ class StreamedSequences(Sequences, IterableDataset):
                 if self.num_rows >= JUDGED_ROWS:
                     self._judge()
             if isinstance(sample, Sample):
-                if epoch == 0 and not self.noted.issuperset(sample.remarks):
+                if epoch == 0 and len(self.noted) < NUM_NAMED and not self.noted.issuperset(sample.remarks):
                     self._note(sample)
                 yield sample
 

@@ -220,6 +220,18 @@ def test_conversations_of_many_replies_are_tokenised_few_at_a_time(stream, conve
 # ---------------------------------------------------------------------------------------------------------- bad rows
 
 
+def test_keys_that_are_not_read_are_named_once_by_the_first_rank(stream, tmp_path, capsys):
+    folder = tmp_path / "remarked"
+    folder.mkdir()
+    row = {"q": "几时？", "a": "今晚", "旁注": "略"}
+    rows = [{**row, f"键{number // 20}": 1} for number in range(100)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    for rank in (1, 0):
+        take(stream(folder, rank=rank, world_size=2), 120)  # more than an epoch
+    noted = re.findall(r"^noted +\S+: not read: (\S+),", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(noted) == ["旁注", *(f"键{number}" for number in range(5))]
+
+
 def test_bad_rows_are_noted_once_by_the_first_rank(stream, tasks, tmp_path, capsys):
     for rank in (1, 0):
         streamed = stream(tasks, rank=rank, world_size=2)
