@@ -35,6 +35,7 @@ TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a
 WRAPPERS = ("instances", "data")  # keys of rows within a row
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABELLED = re.compile(r"\s*[(（]?([A-Za-z1-9])\s*[.、:：)）]")  # an option with its label
+TEMPLATES = ("### Response:", "<|im_start|>", "[INST]")  # marks of templates, which this one would stand around
 IMAGE = "<image>"  # stands in a text where a picture was
 
 
@@ -243,6 +244,8 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
     if not output.strip():
         _check_empty(record, layout, columns)
         noted["empty output, trained as an answer of nothing"] = None
+    if any(mark in instruction for mark in TEMPLATES):
+        noted["a question with a prompt template of its own"] = None
     if layout.options:
         instruction = "\n".join((instruction, *_options(record, layout, columns)))
     history: tuple[tuple[str, str], ...] = ()

@@ -45,6 +45,15 @@ def test_names_of_special_tokens_are_counted(check):
     assert noted.endswith("special tokens' names, read as plain text, in 2 rows")
 
 
+def test_a_template_that_was_written_into_the_rows_is_noted(check):
+    rows = [
+        {"prompt": "### Instruction:\n数到三\n\n### Response:", "response": "一二三"},
+        {"prompt": "甲", "response": "乙"},
+    ]
+    [noted] = lines_of(check(rows), "noted")
+    assert noted.endswith("a question with a prompt template of its own in 1 row")
+
+
 def test_flags_by_hand_make_rows_readable_that_were_refused(check):
     rows = [{"题面": "几只？", "题解": "三只", "资料": "园里有三只猫。"}] * 4
     refused = check(rows)
