@@ -81,10 +81,10 @@ def chat_instruction(system: str, history: Sequence[tuple[str, str]], question: 
     return f"{system}{''.join(map(write_turn, history))}{HUMAN}{question}\n{ASSISTANT}"
 
 
-def write_turn(turn: tuple[str, str]) -> str:
+def write_turn(turn: tuple[str | None, str]) -> str:
     """Return a question and its reply as they appear in the history; an opening by the assistant has no question."""
     question, reply = turn
-    return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n" if question else f"{ASSISTANT}{reply}\n"
+    return f"{HUMAN}{question}\n{ASSISTANT}{reply}\n" if question is not None else f"{ASSISTANT}{reply}\n"
 
 
 def split_system(messages: Sequence[dict[str, str]]) -> tuple[str, Sequence[dict[str, str]]]:

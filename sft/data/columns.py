@@ -18,7 +18,7 @@ NAMES = {
     "messages": "messages conversations conversation dialog dialogue dialogs turns chat data 对话",
     "system": "system system_prompt system_message meta_instruction 系统 系统提示",
     "history": "history chat_history dialog_history conversation_history 历史 历史对话 对话历史",
-    "instruction": "instruction prompt query question problem q human 问题 指令 问 提问",
+    "instruction": "instruction prompt query question problem q human 问题 指令 问 提问 题目",
     "input": "input inputs context 输入",
     "output": "output response answer completion target targets solution a assistant reply chosen 回答 答案 输出 答",
 }
@@ -27,11 +27,10 @@ CARRIES_NOTHING = _words(
     """
     id _id uid uuid guid idx index no num number row line qid source src origin dataset data_source source_file file
     filename file_name url urls link uri license licence author user_name username nickname model model_name generator
-    engine lang language locale category categories subcategory type task tasks task_type task_name domain subject topic
-    topics tag tags keyword keywords field difficulty level grade score scores rating quality reward likes upvotes votes
-    views rank created created_at updated_at timestamp time date datetime version split hash md5 sha1 sha256 token_count
-    num_tokens length num_turns turn_count turn meta metadata name rejected 编号 序号 来源 类别 分类 标签 难度 时间 日期
-    链接 学科 领域 语言 评分 作者
+    engine lang locale category categories subcategory type task_type question_type task_name domain tag tags field
+    difficulty level grade score scores rating quality reward likes upvotes votes views rank created created_at
+    updated_at timestamp datetime version split hash md5 sha1 sha256 token_count num_tokens length num_turns turn_count
+    turn meta metadata rejected 编号 序号 来源 类别 分类 标签 难度 链接 学科 领域 评分 作者
     """
 )  # a rejected answer is one that nobody should learn
 MEDIA = _words("image images image_path picture pictures video videos audio audios 图片 视频 音频")
@@ -39,14 +38,16 @@ TOOLS = _words("tools tool functions function tool_calls function_call apis api_
 SOURCES = _words(
     """
     article articles passage passages paragraph paragraphs document documents doc docs law laws reference references
-    evidence fact facts background knowledge material materials 原文 文章 材料 法条 背景 上下文 资料
+    evidence fact facts background knowledge material materials sentence sentences story schema
+    snippet 原文 文章 材料 法条 背景 上下文 资料 文本 正文 句子 段落
     """
 )
 OPTIONS = _words("choices options option endings candidates 选项")  # a list, or texts by label
 OPTION = re.compile("(?:option|choice|opt|选项)_?([a-j1-9])")  # one of them
 NUM_LETTERS = 10  # options under "A", "B", ... or "a", "b", ...
+TASKS = _words("task 任务")  # may say what is to be done with an input
 GOOD = _words(
-    "label kto_tag is_good is_correct correct is_chosen accepted train trainable loss weight"
+    "label kto_tag is_good is_correct correct correctness is_chosen accepted train trainable loss weight"
 )  # true or false
 BAD = _words("is_bad is_rejected")
 MAX_NAMED = 30  # keys in one message
@@ -150,11 +151,14 @@ def _layout(keys: tuple[str, ...], columns: Columns) -> Layout:
     ignored = _stripped(columns.ignored)
     unread = [key for key in keys if key.strip() in ignored]
     beside = _beside(found, unread, {role for role, _ in columns.by_hand})
-    one = {role: _only(role, names, columns) for role, names in found.items()}
+    one = {role: _only(role, names, columns, not found["input"]) for role, names in found.items()}
     options = _options(rest, columns)
     verdicts = tuple(key for key in rest if name_of(key) in GOOD | BAD)
     is_question = one["input"] and name_of(one["input"]) != "context"
     if not one["messages"] and one["instruction"] is None and is_question:
+        if tasks := [key for key in rest if name_of(key) in TASKS]:
+            flag = by_hand(columns, ("instruction", tasks[0]))
+            raise ColumnsError(f'"{tasks[0]}" may be the instruction; type {flag} or {ignoring(columns, *tasks)}')
         one["instruction"] = one.pop("input")
     if one["messages"] and options:
         raise ColumnsError(f'"{options[0]}" has no place beside turns; type {ignoring(columns, *options)}')
@@ -241,13 +245,16 @@ def _options(keys: Sequence[str], columns: Columns) -> tuple[str, ...]:
     return tuple(whole or sorted(single, key=label_of))
 
 
-def _only(role: str, names: list[str], columns: Columns) -> str | None:
+def _only(role: str, names: list[str], columns: Columns, input_is_free: bool) -> str | None:
     if len(names) < 2:
         return names[0] if names else None
     if len(_stripped(frozenset(names))) < len(names):
         raise ColumnsError(f"{quoted(names)} may each be the {role}; rename one")
-    flags = " or ".join(by_hand(columns, (role, name)) for name in names)
-    raise ColumnsError(f"{quoted(names)} may each be the {role}; type {flags}")
+    flags = [by_hand(columns, (role, name)) for name in names]
+    if role == "instruction" and input_is_free and len(names) == 2:
+        first, second = sorted(names, key=lambda name: name_of(name) not in ("instruction", "prompt", "指令"))
+        flags.insert(0, by_hand(columns, (role, first), ("input", second)))
+    raise ColumnsError(f"{quoted(names)} may each be the {role}; type {' or '.join(flags)}")
 
 
 def _check_meaning(keys: Sequence[str], one: dict[str, str | None], columns: Columns) -> None:
@@ -276,7 +283,13 @@ def carries_nothing(key: str) -> bool:
 
 
 def _is_like(role: str, key: str) -> bool:
-    return any(len(name) > 1 and name in name_of(key) for name in NAMES[role].split())
+    """Tell whether a key is named like a role: by a whole word in English, by any part in Chinese."""
+    words = name_of(key).split("_")
+    if words[-1] in ("type", "number", "class", "subject"):
+        return False
+    names = [name for name in NAMES[role].split() if len(name) > 1]
+    is_truth = role == "output" and name_of(key) == "ground_truth"
+    return is_truth or any(name in words if name.isascii() else name in name_of(key) for name in names)
 
 
 def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) -> str:
@@ -294,7 +307,8 @@ def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) ->
         return f"no instruction and no output found ({found or 'no keys'}); type {flag}"
     if role == "instruction" and not likely and layout.input:
         likely = [layout.input]
-    likely = [key for key in likely if _is_like(role, key)] or likely
-    flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
     is_there = likely or not ignored.issuperset(others)
+    like = [key for key in likely if _is_like(role, key)]
+    likely = like or (likely if role == "instruction" else [])  # what is trained is not guessed
+    flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
     return f"no {role} found ({found}); {f'type {flag}' if is_there else f'expected a key such as {role}'}"

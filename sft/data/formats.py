@@ -35,7 +35,13 @@ TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a
 WRAPPERS = ("instances", "data")  # keys of rows within a row
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABELLED = re.compile(r"\s*[(（]?([A-Za-z1-9])\s*[.、:：)）]")  # an option with its label
-TEMPLATES = ("### Response:", "<|im_start|>", "[INST]")  # marks of templates, which this one would stand around
+TEMPLATES = (
+    "### Instruction:",
+    "### Response:",
+    "<|im_start|>",
+    "[INST]",
+)  # marks of templates, which this one would stand around
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>")
 IMAGE = "<image>"  # stands in a text where a picture was
 
 
@@ -44,7 +50,7 @@ class Sample:
     """One task, or one conversation whose last question and reply are `instruction` and `output`.
 
     `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; a pair
-    of `history` with an empty question is an opening by the assistant; `untrained` are the numbers of the replies that
+    of `history` without a question is an opening by the assistant; `untrained` are the numbers of the replies that
     are read and not trained; `note` says what was omitted. `shape` is the keys it was read from, and `remarks` is what
     the report counts.
     """
@@ -68,7 +74,7 @@ class Sample:
     def texts(self) -> Iterator[str]:
         """Yield every text of the sample."""
         yield from (self.system, self.instruction, self.input, self.output)
-        yield from chain.from_iterable(self.history)
+        yield from filter(None, chain.from_iterable(self.history))
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -138,7 +144,7 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
         keys = tuple(key for key in keys if key not in plain)
     layout = layout_of(keys, columns)
     remarks = [not_read(key) for key in (*layout.unread, *plain)]
-    if layout.verdicts:
+    if layout.verdicts and (layout.messages or layout.output):
         remarks += [not_read(key) for key in _check_verdicts(record, layout, columns)]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
     system = system if system.strip() else ""
@@ -209,8 +215,8 @@ def _are_turns(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _refuse_images(*texts: str) -> None:
-    if any(IMAGE in text for text in texts):
+def _refuse_images(*texts: str | None) -> None:
+    if any(text and IMAGE in text for text in texts):
         raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
 
 
@@ -244,8 +250,7 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
     if not output.strip():
         _check_empty(record, layout, columns)
         noted["empty output, trained as an answer of nothing"] = None
-    if any(mark in instruction for mark in TEMPLATES):
-        noted["a question with a prompt template of its own"] = None
+    noted.update(dict.fromkeys(_marks(instruction, input, output)))
     if layout.options:
         instruction = "\n".join((instruction, *_options(record, layout, columns)))
     history: tuple[tuple[str, str], ...] = ()
@@ -267,10 +272,20 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
     return Sample(instruction, input, output, place, history, system, "", untrained, layout.shape, tuple(noted))
 
 
+def _marks(instruction: str, input: str, output: str) -> Iterator[str]:
+    """Yield remarks on what another prompt template has left in the texts."""
+    if any(mark in text for mark in TEMPLATES for text in (instruction, input, output)):
+        yield "a prompt template of its own"
+    if output.endswith(ENDS):
+        yield "an answer that ends with a mark such as </s>, which is trained as text,"
+
+
 def _lacks(record: dict, layout: Layout, role: str, columns: Columns) -> RefusedError:
     """Return why a record without a text of this role is refused."""
     if empty := _empty(record, role, columns):
         return RefusedError(f'the "{empty}" is {"null" if record[empty] is None else "empty"}')
+    if _speaks(record) and not layout.keys:
+        return RefusedError("one turn in a row of its own; give the turns of a conversation one row, under messages")
     turns = [key for key in record if isinstance(key, str) and role_of(key, columns) == "messages"]
     if turns and not layout.keys:
         is_empty = not _has_value(record[turns[0]], turns[0], columns)

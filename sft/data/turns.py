@@ -18,7 +18,7 @@ SPEAKERS = {word: speaker for speaker, words in WORDS.items() for word in words.
 TOOL_SPEAKERS = frozenset(("tool", "function", "function_call", "observation", "ipython"))
 SPEAKER_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "utterance")
 # OpenAI, axolotl, swift, XTuner and others: 0 or false keeps a reply out of the loss.
-TRAINED_KEYS = frozenset(("weight", "train", "loss", "output_with_loss", "trainable", "training"))
+TRAINED_KEYS = frozenset(("weight", "loss_weight", "train", "loss", "output_with_loss", "trainable", "training"))
 NO_MEANING = frozenset(("name", "id", "timestamp", "create_time", "lang"))
 MOSS_TAG = re.compile(r"^<\|[^|]+\|>:\s*|\s*<eo[a-z]>\s*$")  # around each text of MOSS
 
@@ -31,7 +31,7 @@ class Said:
     """One turn: who spoke ("user", "assistant" or "system"), the text, and whether a reply is trained."""
 
     speaker: str
-    text: str
+    text: str | None  # None: the question that an opening by the assistant does not have
     is_trained: bool = True
 
 
@@ -39,7 +39,7 @@ class Said:
 class Talk:
     """A conversation: the system text, pairs of a question and its reply, and the replies that are not trained.
 
-    An opening by the assistant is a pair with an empty question. `remarks` are counted in the report, `note` says what
+    An opening by the assistant is a pair without a question. `remarks` are counted in the report, `note` says what
     was omitted.
     """
 
@@ -71,7 +71,7 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
         joined.pop()
         note = "cut: the last turn, a question without a reply"
     if joined and joined[0].speaker == "assistant":
-        joined.insert(0, Said("user", ""))
+        joined.insert(0, Said("user", None))
         joined[1] = Said("assistant", joined[1].text, is_trained=False)
         remarks["opening turn by the assistant, read and not trained"] = None
     if len(joined) < 2:
@@ -80,7 +80,7 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     untrained = tuple(index for index, reply in enumerate(replies) if not reply.is_trained)
     if is_whole and len(untrained) == len(replies):
         raise RefusedError("no reply is to be trained")
-    if any(not reply.is_trained for reply in replies[bool(not joined[0].text) :]):
+    if any(not reply.is_trained for reply in replies[joined[0].text is None :]):
         remarks["replies not trained, by their weight"] = None
     pairs = tuple((question.text, reply.text) for question, reply in zip(joined[::2], replies, strict=True))
     return Talk(system, pairs, untrained, tuple(remarks), note)
@@ -96,6 +96,8 @@ def _listed(turns: object, name: str) -> Sequence[object]:
         named = [NAMED.match(turn) for turn in turns]
         if all(each and each[1].lower() in SPEAKERS for each in named):
             return [{"role": each[1], "content": turn[each.end() :]} for each, turn in zip(named, turns, strict=True)]
+        if name_of(name) == "turns" or ROLE_OF.get(name_of(name)) in ("instruction", "input"):
+            raise RefusedError(f'"{name}" is a list of texts, and who speaks is not said; give each a role and content')
         return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     return turns
 
@@ -210,7 +212,8 @@ def _one(turn: dict, speaker_key: str, text_key: str, number: int, remarks: dict
         raise RefusedError("calls of tools, which are not trained here", f"turn {number}")
     if name not in SPEAKERS:
         raise RefusedError(
-            'a speaker is not "user", "assistant" or "system"', f"turn {number} has {speaker_key} {brief(speaker)}"
+            'a speaker is not "user", "assistant" or "system"; rename it to the one it is',
+            f"turn {number} has {speaker_key} {brief(speaker)}",
         )
     text = text_of(_plain(turn[text_key], number), text_key, f"turn {number}")
     if len(turn) > 2:
@@ -237,10 +240,13 @@ def _plain(content: object, number: int) -> object:
     """Return content given in parts as one text; raise RefusedError for a part that is no text."""
     if not isinstance(content, list):
         return content
+    texts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        key = "text" if not isinstance(part, dict) or "text" in part else "value"
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get(key), str):
             raise RefusedError("a turn has a part that is no text", f"turn {number} has {brief(part)}")
-    return "".join(part["text"] for part in content)
+        texts.append(part[key])
+    return "".join(texts)
 
 
 def _note_unread(turn: dict, read: set[str], number: int, remarks: dict[str, None]) -> None:

@@ -270,8 +270,10 @@ def test_two_readings_are_refused_with_both_and_each_flag_works(record: dict):
     reason = refusal(record)
     assert "may each be the" in reason
     flags = advised(reason)
-    assert len(flags) == 2
-    first, second = (read(record, typed(flag)) for flag in flags)
+    samples = [read(record, typed(flag)) for flag in flags]
+    if len(flags) == 3:  # where the input is free, both are read
+        assert samples.pop(0).remarks == ()
+    first, second = samples
     assert first != second
     assert any(remark.startswith(NOT_READ) for remark in first.remarks) and second.remarks
 
@@ -294,7 +296,8 @@ def test_advice_keeps_the_flags_that_were_typed_before():
 @pytest.mark.parametrize(
     ("record", "ends"),
     [
-        ({"instruction": "问好", "回复": "早"}, "type --columns output=回复"),
+        ({"instruction": "问好", "标准答案": "早"}, "type --columns output=标准答案"),
+        ({"instruction": "问好", "skill": "早"}, "type --columns output=KEY"),
         ({"提": "问好", "output": "早", "id": 3}, "type --columns instruction=提"),
         ({"题 目": "问好", "output": "早"}, "type --columns 'instruction=题 目'"),
         ({"题": "问好", "复": "早"}, "type --columns instruction=KEY,output=KEY"),
@@ -336,3 +339,52 @@ def test_keys_without_meaning_are_silent_and_unknown_ones_are_named():
 
 def test_a_key_that_no_terminal_prints_is_named_in_letters_that_it_does():
     assert read({"instruction": "问", "output": "答", "a\nb\ud800": 1}).remarks == (r"not read: a\nb\ud800",)
+
+
+# --------------------------------------------------------------------------------------- what real files were misread as
+
+
+@pytest.mark.parametrize("key", ["turns", "prompt", "input"])
+def test_a_list_of_questions_is_no_conversation(key: str):
+    assert "who speaks is not said" in refusal({key: ["写一张便条。", "再写短些。"], "id": 4})
+
+
+def test_what_an_input_is_for_may_stand_under_task():
+    record = {"task": "译成法文", "input": "早", "output": "bonjour"}
+    flags = advised(refusal(record))
+    sample = read(record, typed(flags[0]))
+    assert (sample.instruction, sample.input, sample.output) == ("译成法文", "早", "bonjour")
+    assert read(record, typed(flags[1])).remarks == ("not read: task",)
+
+
+def test_marks_of_other_templates_and_ends_are_remarked():
+    remarks = read({"instruction": "### Instruction:\n发热", "output": "### Response:\n喝水<|endoftext|>"}).remarks
+    assert remarks == (
+        "a prompt template of its own",
+        "an answer that ends with a mark such as </s>, which is trained as text,",
+    )
+
+
+def test_a_verdict_without_an_answer_is_no_verdict():
+    assert "pretraining text" in refusal({"text": "跌了", "label": 0})
+    assert '"correctness" is false' in refusal({"q": "几？", "a": "五", "correctness": False})
+
+
+def test_a_lone_turn_is_told_to_join_its_conversation():
+    assert refusal({"role": "user", "content": "在吗"}).startswith("one turn in a row of its own")
+
+
+@pytest.mark.parametrize("key", ["日期", "topic", "keywords", "name", "language"])
+def test_what_may_bear_on_an_answer_is_named(key: str):
+    assert read({"q": "写诗", "a": "花开", key: "春"}).remarks == (f"not read: {key}",)
+
+
+def test_a_part_may_hold_its_text_as_value_and_a_weight_of_a_loss_counts():
+    turns = [
+        {"role": "user", "content": [{"type": "text", "value": "甲"}]},
+        {"role": "assistant", "content": "乙", "loss_weight": 0.0},
+        {"role": "user", "content": "丙"},
+        {"role": "assistant", "content": "丁"},
+    ]
+    sample = read({"messages": turns})
+    assert (sample.history, sample.untrained) == ((("甲", "乙"),), (0,))

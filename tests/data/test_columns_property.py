@@ -96,8 +96,7 @@ def records(draw: st.DrawFn) -> dict:
 
 
 def parts(sample: Sample) -> list[str]:
-    pairs = [text for pair in sample.history for text in pair]
-    return [sample.system, *pairs, sample.instruction, sample.input, sample.output]
+    return list(sample.texts())
 
 
 def is_accounted_for(key: str, value: object, sample: Sample, of: str = "") -> bool:

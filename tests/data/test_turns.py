@@ -81,7 +81,7 @@ def test_the_system_text_of_xtuner_stands_in_the_first_turn():
 
 def test_texts_that_all_name_their_speakers_are_theirs():
     sample = read({"conversations": ["Assistant: 早", "Human：下雨吗？", "助手: 不下。"]})
-    assert (sample.history, sample.instruction, sample.output) == ((("", "早"),), "下雨吗？", "不下。")
+    assert (sample.history, sample.instruction, sample.output) == (((None, "早"),), "下雨吗？", "不下。")
     assert read({"conversations": ["User: 下雨吗？", "天气: 不下。"]}).output == "天气: 不下。"
 
 
@@ -141,7 +141,7 @@ def test_two_system_texts_are_refused_in_turns_and_in_a_history():
 
 def test_an_opening_by_the_assistant_is_context_and_is_not_trained():
     sample = read(said(WELCOME, ASKS, SAYS))
-    assert sample.history == (("", "不客气"),) and sample.untrained == (0,)
+    assert sample.history == ((None, "不客气"),) and sample.untrained == (0,)
     assert sample.remarks == ("opening turn by the assistant, read and not trained",)
 
 

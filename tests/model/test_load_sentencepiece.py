@@ -10,9 +10,9 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaConfig
 
 from sft.data.encode import Encoder, special_tokens
+from sft.data.files import find_shards
 from sft.data.formats import Sample, read_samples
 from sft.data.load import load_examples
-from sft.data.shards import find_shards
 from sft.model.load import load_config, load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_prompt

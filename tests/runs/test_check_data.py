@@ -51,7 +51,7 @@ def test_a_template_that_was_written_into_the_rows_is_noted(check):
         {"prompt": "甲", "response": "乙"},
     ]
     [noted] = lines_of(check(rows), "noted")
-    assert noted.endswith("a question with a prompt template of its own in 1 row")
+    assert noted.endswith("a prompt template of its own in 1 row")
 
 
 def test_flags_by_hand_make_rows_readable_that_were_refused(check):

@@ -162,7 +162,11 @@ def test_cut_and_refused_rows_are_reported_with_their_place(finished):
     notes = {Path(entry["place"]).name: entry["note"] for entry in map(json.loads, lines)}
     assert set(notes) == {"rows.jsonl:25", "rows.jsonl:26", "held_out.jsonl:25"}
     assert notes["rows.jsonl:25"].startswith("cut: ")
-    assert notes["rows.jsonl:26"] == notes["held_out.jsonl:25"] == 'refused: the "output" is empty'
+    assert (
+        notes["rows.jsonl:26"]
+        == notes["held_out.jsonl:25"]
+        == ('refused: the "output" is empty; --empty_output train trains it')
+    )
     assert "data     26 rows read: 25 kept (1 of them cut), 1 refused" in stdout
     assert "held out 25 rows read: 24 kept (0 of them cut), 1 refused" in stdout
     assert "examples 25 trained on, 24 held out" in stdout
