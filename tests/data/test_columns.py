@@ -341,7 +341,7 @@ def test_a_key_that_no_terminal_prints_is_named_in_letters_that_it_does():
     assert read({"instruction": "问", "output": "答", "a\nb\ud800": 1}).remarks == (r"not read: a\nb\ud800",)
 
 
-# --------------------------------------------------------------------------------------- what real files were misread as
+# -------------------------------------------------------------------------------------- what real files were misread as
 
 
 @pytest.mark.parametrize("key", ["turns", "prompt", "input"])
