@@ -184,7 +184,8 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(address: str, visit: C
     playwright.expect(page.locator("#conversations input")).to_be_enabled()
     after = len([moment for moment in slow if moment > clicked])
     time.sleep(0.5)
-    assert len([moment for moment in slow if moment > clicked]) == after <= 12 < len(slow)
+    assert len([moment for moment in slow if moment > clicked]) == after <= 12
+    assert len(slow) < 1000
     assert "已停止" in page.inner_text("#status")
     assert roles_and_questions(page) == (["user", "assistant"], [QUESTION])
     assert len(exported(page)[1]["content"]) > 10
@@ -284,6 +285,7 @@ def test_two_checkpoints_side_by_side(make_model: Callable[[str], Path], visit: 
         page = visit(pair.address)
         page.locator("#settings > button").click()
         page.locator("#temperature input[type=number]").fill("0")
+        page.locator("#temperature input[type=number]").press("Tab")  # only now is it sent
         set_longest(page, 12)
         ask(page, QUESTION)
         wait_for_end(page, 2)
