@@ -205,7 +205,13 @@ def drop_while_waiting(page: Served, event: str) -> None:
 def wave(page: Served) -> None:
     """Let `CLIENTS` ask for long answers and vanish, a third each: unheard, after a piece, and while they wait."""
     limits = httpx.Limits(max_connections=None)
-    with page.client(limits=limits) as client, ThreadPoolExecutor(CLIENTS) as pool, Gate(page.chat) as gate:
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        page.client(limits=limits) as client,
+        ThreadPoolExecutor(CLIENTS) as pool,
+        Gate(page.chat) as gate,
+    ):
+        patched.setattr("sft.web.guard.GRACE", 60.0)  # until all listen, which takes a busy machine seconds
         events = list(pool.map(lambda _: join(client, **LONG), range(CLIENTS)))
         assert wait_until(lambda: len(page.line.tickets) >= CLIENTS // 3)
 
@@ -217,6 +223,8 @@ def wave(page: Served) -> None:
             return heard
 
         heard = [pool.submit(hear_a_piece, event) for event in events[1::3]]
+        wait_until(lambda: len(page.listeners.open) >= len(heard))
+        patched.undo()
         list(pool.map(lambda event: drop_while_waiting(page, event), events[2::3]))
         gate.open()
         assert all(each.result(60) for each in heard)
