@@ -3,7 +3,6 @@
 import json
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,13 +159,8 @@ def test_no_flag_reads_by_name_and_refuses_empty_outputs():
     )
 
 
-@pytest.mark.skipif(not Path("/work/shared/data").is_dir(), reason="real rows are not here")
-def test_real_rows_are_read():
-    rows = json.loads(Path("/work/shared/data/alpaca_zh_demo.json").read_text(encoding="utf-8"))
-    assert all(isinstance(to_sample(row, "行"), Sample) for row in rows)
-    lines = Path("/work/shared/data/belle_zh_seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()
-    seeds = [to_sample(json.loads(line), "行") for line in lines]
-    assert sum(isinstance(seed, Sample) for seed in seeds) > 0.9 * len(seeds)
-    [line] = Path("/work/shared/data/belle_eval_set.jsonl").read_text(encoding="utf-8").splitlines()[:1]
-    reason = refusal(json.loads(line))
-    assert read(json.loads(line), typed(advised(reason)[0])).output == json.loads(line)["std_answer"]
+def test_an_answer_under_another_name_is_advised_and_read():
+    record = {"question": "一周几天？", "std_answer": "七天", "class": "常识"}
+    reason = refusal(record)
+    assert reason.endswith("type --columns output=std_answer")
+    assert read(record, typed(advised(reason)[0])).output == "七天"
