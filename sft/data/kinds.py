@@ -13,7 +13,6 @@ SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), ".xlsx", ".arrow", ".
 # The last is how a stream of Arrow begins: the mark of a message, which no text begins with.
 TABLES = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "arrow"}
 HEAD_BYTES = 1024  # read to tell a table or an archive
-GZIP = b"\x1f\x8b"
 OTHERS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the data; run git lfs pull",
     b"BZh": "compressed with bzip2; unpack it with bunzip2, or compress it with gzip",

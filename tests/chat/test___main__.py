@@ -50,3 +50,20 @@ def test_what_was_left_out_and_why_a_reply_ended():
 def test_flags_are_read_without_waiting_for_pytorch(run: Callable):
     code = "import sys, sft.chat.__main__; print({'torch', 'transformers', 'pyarrow'} & sys.modules.keys())"
     assert run("-c", code).stdout == "set()\n"
+
+
+class Said:
+    """A reply of one piece, ended by the model."""
+
+    finish_reason, turns_left_out, tokens_left_out, token_ids, seconds = "eos", 0, 0, [1], 1.0
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.text
+
+
+def test_only_rows_that_were_asked_are_counted(tmp_path):
+    (tmp_path / "one.json").write_text('{"q": "几点？", "a": "三点"}', encoding="utf-8")
+    assert recall(SimpleNamespace(stream=lambda prompt: Said("三点")), str(tmp_path), 3) == (1, 1)
