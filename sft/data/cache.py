@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
     }
 )
 MAX_KINDS = 50  # shapes, remarks and reasons that are counted apart in a file whose every row may have other keys
+SPECIAL = "special tokens' names, read as plain text,"
 ALONE_BYTES = 2 * 2**20  # smaller data is tokenised faster than processes start
 
 
@@ -294,33 +295,48 @@ def encode_block(encoder: Encoder, columns: Columns, file: int, block: Block) ->
     for _, each in refused:
         firsts.setdefault(each.kind or each.reason, [0, each.place, each.reason])[0] += 1
     return Encoded(
-        batch=pa.record_batch({name: [row[name] for row in arrow_rows] for name in SCHEMA.names}, schema=SCHEMA),
+        batch=_record_batch(arrow_rows),
         notes=[note for _, note in sorted(notes, key=lambda numbered: numbered[0])],
         num_rows=len(found),
         num_refused=len(refused),
         num_conversations=sum(bool(sample.history) for _, sample in kept),
         unread_bytes=sum(each.num_bytes for _, each in refused),
-        shapes=Counter(sample.shape for _, sample in kept),
-        remarks=Counter(chain.from_iterable(_remarks(sample, encoder) for _, sample in kept)),
+        shapes=Counter([sample.shape for _, sample in kept]),
+        remarks=remarks_of([sample for _, sample in kept], encoder.special),
         refused=firsts,
     )
 
 
-def _remarks(sample: Sample, encoder: Encoder) -> Iterator[str]:
-    """Yield what the report counts of a sample."""
-    yield from sample.remarks
-    if encoder.special and any(map(encoder.special.search, sample.texts())):
-        yield "special tokens' names, read as plain text,"
+def remarks_of(samples: Sequence[Sample], special: Sequence[str]) -> Counter[str]:
+    """Count what the report tells about samples; `special` are the names of special tokens."""
+    counted = Counter(chain.from_iterable([sample.remarks for sample in samples]))
+    # All texts at once first, since few blocks have such a name.
+    texts = [text for each in samples for text in (each.system, each.instruction, each.input, each.output)]
+    texts += [text for each in samples if each.history for text in each.texts()]
+    joined = "\n".join(texts)
+    if found := [name for name in special if name in joined]:
+        counted[SPECIAL] = sum(any(name in text for text in each.texts() for name in found) for each in samples)
+    return +counted
+
+
+def _record_batch(rows: Sequence[dict]) -> pa.RecordBatch:
+    """Return Arrow rows as a batch; lists of numbers by way of NumPy, which is four times as fast as Arrow's own."""
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    for name in ("input_ids", "lengths"):
+        ends = np.cumsum([0, *map(len, columns[name])], dtype=np.int32)
+        flat = np.fromiter(chain.from_iterable(columns[name]), np.int32, ends[-1])
+        columns[name] = pa.ListArray.from_arrays(ends, flat)
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _arrow_rows(sample: Sample, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
     """Yield the Arrow rows of a sample: several if its examples do not fit into one."""
-    parts = (sample.system, sample.history, sample.instruction, sample.input, sample.output, sample.untrained)
-    text = json.dumps(parts, ensure_ascii=False)
+    text = repr((sample.system, sample.history, sample.instruction, sample.input, sample.output, sample.untrained))
     for part, together in enumerate(encode.group(examples, max_length)):
-        lengths = [len(ids) for example in together for ids in (example.prompt, example.answer)]
+        pieces = [ids for example in together for ids in (example.prompt, example.answer)]
+        lengths = list(map(len, pieces))
         yield {
-            "input_ids": list(chain.from_iterable(ids for each in together for ids in (each.prompt, each.answer))),
+            "input_ids": list(chain.from_iterable(pieces)),
             "lengths": lengths,
             "length": sum(lengths),
             "labelled": sum(lengths[1::2]),

@@ -61,7 +61,7 @@ class Encoder:
         self.max_length = tokenizer.model_max_length
         self.eos = tokenizer.eos_token_id
         self.backend = plain_backend(tokenizer)
-        self.special = special_text(tokenizer)
+        self.special = [name for name in special_tokens(tokenizer) if name]
         self.faster = faster_backend(self.backend)
         self.template_ids: dict[str, list[int]] = {}
         if cuts_at_the_template(tokenizer):
@@ -131,6 +131,9 @@ class Encoder:
         lengths = iter(map(len, self._encode_texts(texts)))
         firsts = []
         for sample in samples:
+            if not sample.history:
+                firsts.append([0])
+                continue
             ends = [0, *accumulate(max(0, next(lengths) - JOINS_MERGE) for _ in sample.history)]
             first, own = 0, []
             for end in ends:
@@ -189,12 +192,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     added = tokenizer.added_tokens_decoder.items()
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return {token.content: id for id, token in added if token.special} | named
-
-
-def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
-    """Return a pattern that finds the names of special tokens in a text, the longest first; None if there are none."""
-    names = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -15,7 +15,6 @@ from sft.data.columns import (
     Layout,
     by_hand,
     ignoring,
-    label_of,
     layout_of,
     missing,
     name_of,
@@ -24,6 +23,7 @@ from sft.data.columns import (
     role_of,
 )
 from sft.data.json_stream import RepeatedKeys
+from sft.data.options import read_options
 from sft.data.shards import Block, Refused, place_of, read_blocks, records_of
 from sft.data.texts import RefusedError, brief, text_of, truth_of
 from sft.data.turns import SPEAKER_KEYS, Talk, followed, read_reply, read_talk
@@ -33,8 +33,6 @@ from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
 TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a text, and not nothing
 WRAPPERS = ("instances", "data")  # keys of rows within a row
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LABELLED = re.compile(r"\s*[(（]?([A-Za-z1-9])\s*[.、:：)）]")  # an option with its label
 TEMPLATES = (
     "### Instruction:",
     "### Response:",
@@ -137,7 +135,14 @@ def _unwrapped(record: dict) -> dict:
 
 
 def _sample(record: dict, place: str, columns: Columns) -> Sample:
-    keys = tuple([key for key, value in record.items() if _has_value(value, key, columns)])
+    # Most values are texts, and no call is made for those.
+    keys = tuple(
+        [
+            key
+            for key, value in record.items()
+            if value.__class__ is str and value[2:] or _has_value(value, key, columns)
+        ]
+    )
     plain: list[str] = []
     if not MESSAGES.isdisjoint(keys):
         plain = _plain_messages(keys, record, columns)
@@ -192,7 +197,8 @@ def _check_verdicts(record: dict, layout: Layout, columns: Columns) -> list[str]
 def _talk(record: dict, layout: Layout, columns: Columns) -> Talk | None:
     """Return the conversation of a record; None if it is one question and answer."""
     key = layout.messages or layout.instruction
-    question, answer = (record[each] if each else None for each in (key, layout.output))
+    question = record[key] if key else None
+    answer = record[layout.output] if layout.output else None
     if layout.messages is None and not isinstance(question, list) and not (_are_turns(answer) and answer[1:]):
         return None
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question or []
@@ -216,8 +222,9 @@ def _are_turns(value: object) -> bool:
 
 
 def _refuse_images(*texts: str | None) -> None:
-    if any(text and IMAGE in text for text in texts):
-        raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
+    for text in texts:
+        if text and IMAGE in text:
+            raise RefusedError(f"{IMAGE} stands in the text for a picture, which these models cannot see")
 
 
 def _one_system(system: str, other: str, key: str | None, columns: Columns) -> str:
@@ -250,9 +257,10 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
     if not output.strip():
         _check_empty(record, layout, columns)
         noted["empty output, trained as an answer of nothing"] = None
-    noted.update(dict.fromkeys(_marks(instruction, input, output)))
+    for mark in _marks(instruction, input, output):
+        noted[mark] = None
     if layout.options:
-        instruction = "\n".join((instruction, *_options(record, layout, columns)))
+        instruction = "\n".join((instruction, *read_options(record, layout.options, columns)))
     history: tuple[tuple[str, str], ...] = ()
     untrained: tuple[int, ...] = ()
     if layout.history:
@@ -268,16 +276,19 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
         history, instruction = split_history(instruction)
     if input and (history or system):  # only the template of a single task has a place for an input
         instruction, input = f"{instruction}\n{input}", ""
-    _refuse_images(system, instruction, input, *(question for question, _ in history))
+    _refuse_images(system, instruction, input, *[question for question, _ in history])
     return Sample(instruction, input, output, place, history, system, "", untrained, layout.shape, tuple(noted))
 
 
-def _marks(instruction: str, input: str, output: str) -> Iterator[str]:
-    """Yield remarks on what another prompt template has left in the texts."""
-    if any(mark in text for mark in TEMPLATES for text in (instruction, input, output)):
-        yield "a prompt template of its own"
+def _marks(instruction: str, input: str, output: str) -> list[str]:
+    """Return remarks on what another prompt template has left in the texts."""
+    texts = "\n".join((instruction, input, output))
+    if not ("<" in texts or "#" in texts or "[" in texts):  # one of which is in every mark
+        return []
+    marks = ["a prompt template of its own"] if any(mark in texts for mark in TEMPLATES) else []
     if output.endswith(ENDS):
-        yield "an answer that ends with a mark such as </s>, which is trained as text,"
+        marks.append("an answer that ends with a mark such as </s>, which is trained as text,")
+    return marks
 
 
 def _lacks(record: dict, layout: Layout, role: str, columns: Columns) -> RefusedError:
@@ -326,44 +337,15 @@ def _input(value: object, key: str) -> str:
     return text_of(value, key)
 
 
-def _options(record: dict, layout: Layout, columns: Columns) -> list[str]:
-    """Return the options of a multiple-choice question, each with the label that the answer may be."""
-    key = layout.options[0]
-    label, value = label_of(key), record[key]
-    if label is None and isinstance(value, str):
-        return [text_of(value, key)]
-    if label is not None:
-        labelled = [(label_of(key), record[key]) for key in layout.options]
-    elif isinstance(value, dict) and {"text", "label"} == value.keys() and all(map(_is_list, value.values())):
-        labelled = list(zip(value["label"], value["text"], strict=False)) * (len(value["label"]) == len(value["text"]))
-    elif isinstance(value, dict):
-        labelled = list(value.items())
-    else:
-        labelled = list(zip(LETTERS, value, strict=False)) if _is_list(value) and len(value) <= len(LETTERS) else []
-    if not labelled or not all(_is_option(each) for pair in labelled for each in pair):
-        raise RefusedError(f'"{key}" is not a list of options', f"{brief(value)}; type {ignoring(columns, key)}")
-    texts = [(str(label), text_of(str(text), key)) for label, text in labelled]
-    own = [LABELLED.match(text) for _, text in texts]
-    if all(own) and [each[1] for each in own] == [label for label, _ in texts]:
-        return [text for _, text in texts]
-    return [f"{label}. {text}" for label, text in texts]
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
-
-
-def _is_option(value: object) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
 def split_history(instruction: str) -> tuple[tuple[tuple[str, str], ...], str]:
     """Split a `Human:` / `Assistant:` history, as in multiturn_chat_0.8M, into earlier turns and the last question.
 
     The names must begin their lines, alternate, and leave the last reply open, so that `chat_instruction` restores the
     same text from two turns or more; any other text is one question.
     """
-    _, *parts = TURN.split(instruction) if instruction.startswith(HUMAN) else ("",)
+    if not instruction.startswith(HUMAN):
+        return (), instruction
+    _, *parts = TURN.split(instruction)
     names, texts = parts[::2], parts[1::2]
     if len(names) < 2 or names != [HUMAN, ASSISTANT] * (len(names) // 2) or texts[-1]:
         return (), instruction

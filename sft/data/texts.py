@@ -47,15 +47,16 @@ def truth_of(value: object) -> bool | None:
 
 def text_of(value: object, key: str, where: str = "") -> str:
     """Return the valid text under a key; raise RefusedError otherwise. `where` is which turn, for people."""
-    before = f"{where} has " if where else ""
     if not isinstance(value, str):
-        raise RefusedError(f'"{key}" is not a string', before + brief(value))
-    if len(value) > MAX_CHARACTERS:
-        raise RefusedError(f'"{key}" has more than {MAX_CHARACTERS:,} characters', f"{before}{len(value):,}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RefusedError(
-            f'"{key}" contains a broken character or a byte that is not UTF-8', before + ascii(value[error.start])
-        ) from None
-    return value
+        kind, detail = f'"{key}" is not a string', brief(value)
+    elif len(value) > MAX_CHARACTERS:
+        kind, detail = f'"{key}" has more than {MAX_CHARACTERS:,} characters', f"{len(value):,}"
+    else:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            kind = f'"{key}" contains a broken character or a byte that is not UTF-8'
+            detail = ascii(value[error.start])
+        else:
+            return value
+    raise RefusedError(kind, f"{where} has {detail}" if where else detail)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft.data import encode
-from sft.data.encode import Encoder, cuts_at_the_template, plain_backend, special_text, special_tokens
+from sft.data import cache, encode
+from sft.data.encode import Encoder, cuts_at_the_template, plain_backend, special_tokens
 from sft.data.formats import Sample
 from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
@@ -214,19 +214,18 @@ def test_a_saved_tokenizer_is_a_plain_one(tokenizer: PreTrainedTokenizerBase, tm
     assert tokenizer.decode(ids) == tokenizer.decode(example.prompt + example.answer)
 
 
-def test_special_text_finds_every_name_and_the_longest_first(tokenizer: PreTrainedTokenizerBase):
-    names = special_tokens(tokenizer)
-    assert {tokenizer.eos_token, tokenizer.pad_token} <= names.keys()
-    pattern = special_text(tokenizer)
-    for name in names:
-        assert pattern.findall(f"好{name}，{name}") == [name, name]
-    assert pattern.search("好" * 99 + "< /s> endoftext >>") is None
-    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>", "<|x|>y", "(.*)"]})
-    tokenizer.add_tokens([AddedToken("普通", special=False)])
-    assert special_text(tokenizer).findall("<|x|>y<|x|>普通(.*)") == ["<|x|>y", "<|x|>", "(.*)"]
-
-
-def test_special_text_is_none_where_nothing_is_special(tokenizer: PreTrainedTokenizerBase):
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
-    assert special_text(type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(state)))) is None
+def test_rows_with_such_names_are_counted_once_each_wherever_the_name_stands(encoder: Encoder):
+    [name, *_] = special_tokens(encoder.tokenizer)
+    clean = Sample(name[:-1], name[-1], "好", "rows:1", (("早", "安"),))  # the name only across two texts
+    rows = [
+        Sample(*texts, "rows:1") for texts in ((name, name, name), ("问", f"甲{name}", "答"), ("问", "", f"{name}乙"))
+    ]
+    rows += [
+        Sample("问", "", "答", "rows:1", (("早", "安"), (name, "好"))),
+        Sample("问", "", "答", "rows:1", (), f"{name}\n"),
+    ]
+    rows += [Sample("问", "", "答", "rows:1", ((None, name),))]
+    assert cache.remarks_of([clean] * 3, encoder.special) == {}
+    assert cache.remarks_of([clean, *rows, clean], encoder.special) == {cache.SPECIAL: len(rows)}
+    assert cache.remarks_of(rows, []) == {}
+    assert cache.remarks_of([Sample("问\n二", "", "答", "rows:1"), clean], ["\n"]) == {cache.SPECIAL: 1}

@@ -118,13 +118,22 @@ def let_say(chat: ChatModel, monkeypatch: pytest.MonkeyPatch, text: str) -> None
     monkeypatch.setattr(chat, "generate", generate)
 
 
-def set_longest(page: playwright.Page, num_tokens: int) -> None:
-    """Set the longest answer, in the settings."""
-    slider = page.locator("#max_new_tokens input[type=number]")
-    if not slider.is_visible():
+def set_number(page: playwright.Page, name: str, value: float) -> None:
+    """Set a number of the settings, which are opened for it."""
+    number = page.locator(f"#{name} input[type=number]")
+    if not number.is_visible():
         page.locator("#settings > button").click()
-    slider.fill(str(num_tokens))
-    slider.press("Tab")
+        # Settings that have just opened take their words, and with them their first values once more.
+        playwright.expect(page.locator("#max_new_tokens")).to_contain_text("token")
+        page.wait_for_timeout(500)
+    number.fill(str(value))
+    number.press("Tab")  # only now is it sent
+    playwright.expect(page.locator(f"#{name} input[type=range]")).to_have_value(str(value))
+
+
+def set_longest(page: playwright.Page, num_tokens: int) -> None:
+    """Set the longest answer."""
+    set_number(page, "max_new_tokens", num_tokens)
 
 
 def ask(page: playwright.Page, question: str) -> None:
@@ -155,8 +164,7 @@ def test_text_arrives_before_it_is_complete_and_is_the_models(
     chat: ChatModel, address: str, visit: Callable, slow: list[float]
 ):
     page = visit(address)
-    page.locator("#settings > button").click()
-    page.locator("#temperature input[type=number]").fill("0")
+    set_number(page, "temperature", 0)
     set_longest(page, 40)
     ask(page, QUESTION)
     page.wait_for_selector(BOT)
@@ -283,9 +291,7 @@ def test_language_is_the_browsers_until_switched(address: str, visit: Callable, 
 def test_two_checkpoints_side_by_side(make_model: Callable[[str], Path], visit: Callable):
     with served(make_model("bloom-tiny"), make_model("falcon-tiny")) as pair:
         page = visit(pair.address)
-        page.locator("#settings > button").click()
-        page.locator("#temperature input[type=number]").fill("0")
-        page.locator("#temperature input[type=number]").press("Tab")  # only now is it sent
+        set_number(page, "temperature", 0)
         set_longest(page, 12)
         ask(page, QUESTION)
         wait_for_end(page, 2)
