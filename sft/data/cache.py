@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
 )
 MAX_KINDS = 50  # shapes, remarks and reasons that are counted apart in a file whose every row may have other keys
 SPECIAL = "special tokens' names, read as plain text,"
+LOST = "control characters that the tokenizer leaves out"
 ALONE_BYTES = 2 * 2**20  # smaller data is tokenised faster than processes start
 
 
@@ -302,20 +303,21 @@ def encode_block(encoder: Encoder, columns: Columns, file: int, block: Block) ->
         num_conversations=sum(bool(sample.history) for _, sample in kept),
         unread_bytes=sum(each.num_bytes for _, each in refused),
         shapes=Counter([sample.shape for _, sample in kept]),
-        remarks=remarks_of([sample for _, sample in kept], encoder.special),
+        remarks=remarks_of([sample for _, sample in kept], {SPECIAL: encoder.special, LOST: encoder.lost}),
         refused=firsts,
     )
 
 
-def remarks_of(samples: Sequence[Sample], special: Sequence[str]) -> Counter[str]:
-    """Count what the report tells about samples; `special` are the names of special tokens."""
+def remarks_of(samples: Sequence[Sample], sought: Mapping[str, Sequence[str]]) -> Counter[str]:
+    """Count what the report tells about samples: their own remarks, and those for what is sought in their texts."""
     counted = Counter(chain.from_iterable([sample.remarks for sample in samples]))
-    # All texts at once first, since few blocks have such a name.
+    # All texts at once first, since few blocks have any of it.
     texts = [text for each in samples for text in (each.system, each.instruction, each.input, each.output)]
     texts += [text for each in samples if each.history for text in each.texts()]
     joined = "\n".join(texts)
-    if found := [name for name in special if name in joined]:
-        counted[SPECIAL] = sum(any(name in text for text in each.texts() for name in found) for each in samples)
+    for remark, parts in sought.items():
+        if found := [part for part in parts if part in joined]:
+            counted[remark] = sum(any(part in text for text in each.texts() for part in found) for each in samples)
     return +counted
 
 

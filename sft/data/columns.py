@@ -7,6 +7,7 @@ reported as not read, or, where the answer may depend on it, is the reason to re
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 def _words(text: str) -> frozenset[str]:
@@ -14,6 +15,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 ROLES = ("messages", "system", "history", "instruction", "input", "output")  # in the order of a conversation
+TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a text, and not nothing
 NAMES = {
     "messages": "messages conversations conversation dialog dialogue dialogs turns chat data 对话",
     "system": "system system_prompt system_message meta_instruction 系统 系统提示",
@@ -22,6 +24,7 @@ NAMES = {
     "input": "input inputs context 输入",
     "output": "output response answer completion target targets solution a assistant reply chosen 回答 答案 输出 答",
 }
+SPEAKERS = ("user", "assistant")  # roles that --columns gives to the names of speakers
 ROLE_OF = {name: role for role, names in NAMES.items() for name in names.split()}
 CARRIES_NOTHING = _words(
     """
@@ -42,6 +45,7 @@ SOURCES = _words(
     snippet 原文 文章 材料 法条 背景 上下文 资料 文本 正文 句子 段落
     """
 )
+COPIES = _words("text content code 内容")  # may repeat the question and the answer, or say more
 OPTIONS = _words("choices options option endings candidates 选项")  # a list, or texts by label
 OPTION = re.compile("(?:option|choice|opt|选项)_?([a-j1-9])")  # one of them
 NUM_LETTERS = 10  # options under "A", "B", ... or "a", "b", ...
@@ -60,12 +64,25 @@ class ColumnsError(Exception):
 
 @dataclass(frozen=True)
 class Columns:
-    """How records are to be read: (role, key) by hand, keys to ignore, and whether an empty output is an answer."""
+    """How records are to be read: (role, key) by hand, keys to ignore, and whether an empty output is an answer.
+
+    A role may be one of a speaker; its key is the name that the speaker has in the turns.
+    """
 
     by_hand: tuple[tuple[str, str], ...] = ()
     ignored: frozenset[str] = frozenset()
     trains_empty_outputs: bool = False
     layouts: dict[tuple[str, ...], "Layout"] = field(default_factory=dict, repr=False, compare=False)  # found so far
+
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """Return the roles by the keys that have them by hand, without those of speakers."""
+        return {key.strip(): role for role, key in self.by_hand if role not in SPEAKERS}
+
+    @cached_property
+    def speakers(self) -> dict[str, str]:
+        """Return the speakers by the names that they have by hand."""
+        return {name.strip().lower(): role for role, name in self.by_hand if role in SPEAKERS}
 
 
 BY_NAME = Columns()
@@ -77,7 +94,8 @@ MESSAGES = _words(NAMES["messages"])
 class Layout:
     """The keys of a record by role; `options` are of a multiple-choice question, `verdicts` say if it is a good answer.
 
-    Beside messages, the texts under `beside` must be among the messages, or they would be lost.
+    Beside messages, the texts under `beside` must be among the messages, or they would be lost; the texts under
+    `copies` must repeat what is read.
     """
 
     messages: str | None = None
@@ -89,6 +107,7 @@ class Layout:
     options: tuple[str, ...] = ()
     verdicts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()  # those that have a role, in the order of a conversation
     shape: str = ""  # the same, for people
@@ -108,14 +127,24 @@ def quoted(keys: Sequence[str]) -> str:
 
 
 def not_read(key: str, of: str = "") -> str:
-    """Return the remark on a key that is not read, on one line that any terminal can print."""
-    shown = key if key.isprintable() else ascii(key)[1:-1]
-    return f"{NOT_READ}{shown if len(shown) <= 80 else shown[:80] + '...'}{of}"
+    """Return the remark on a key that is not read."""
+    return f"{NOT_READ}{shown(key)}{of}"
+
+
+def without(key: str) -> str:
+    """Return the remark on a key that --columns names and a record does not have."""
+    return f"without {shown(key)}, which --columns names,"
+
+
+def shown(key: str) -> str:
+    """Return a key, shortened, on one line that any terminal can print."""
+    key = key if key.isprintable() else ascii(key)[1:-1]
+    return key if len(key) <= 80 else f"{key[:80]}..."
 
 
 def by_hand(columns: Columns, *given: tuple[str, str]) -> str:
     """Return the flag that gives keys their roles, beside those that it gives already."""
-    roles, keys = {role for role, _ in given}, {key.strip() for _, key in given}
+    roles, keys = {role for role, _ in given} - {*SPEAKERS}, {key.strip() for _, key in given}
     kept = [(role, key) for role, key in columns.by_hand if role not in roles and key.strip() not in keys]
     return _flag("--columns", [f"{role}={key}" for role, key in (*kept, *given)])
 
@@ -165,10 +194,18 @@ def _layout(keys: tuple[str, ...], columns: Columns) -> Layout:
     rest = [key for key in rest if key not in (*options, *verdicts)]
     _check_meaning(rest, one, columns)
     unread += [key for key in rest if not carries_nothing(key)]
+    copies = tuple(key for key in rest if name_of(key) in COPIES)
     with_role = tuple(filter(None, map(one.get, ROLES)))
-    shape = "/".join(not_read(key).removeprefix(NOT_READ) for key in with_role)
+    shape = "/".join(shown(key) for key in with_role)
     return Layout(
-        **one, options=options, verdicts=verdicts, beside=beside, unread=tuple(unread), keys=with_role, shape=shape
+        **one,
+        options=options,
+        verdicts=verdicts,
+        beside=beside,
+        copies=copies,
+        unread=tuple(unread),
+        keys=with_role,
+        shape=shape,
     )
 
 
@@ -180,7 +217,8 @@ def _beside(found: dict[str, list[str]], unread: list[str], decided: set[str]) -
     if not found["messages"]:
         return ()
     pairs = [key for role in ("history", "instruction", "input", "output") for key in found[role]]
-    pairs = [key for key in pairs if name_of(key) != "chosen"]
+    follows = found["output"] if {"messages", "output"} <= decided else ()  # the reply to the last turn
+    pairs = [key for key in pairs if name_of(key) != "chosen" and key not in follows]
     for role, names in found.items():
         found[role] = [key for key in names if key not in pairs]
     if "messages" not in decided:
@@ -197,7 +235,7 @@ def role_of(key: str, columns: Columns) -> str | None:
     """Return the role of a key, by hand or by its name; what is given by hand is alone in its role."""
     if key.strip() in _stripped(columns.ignored):
         return None
-    given = {name.strip(): role for role, name in columns.by_hand}
+    given = columns.given
     role = given.get(key.strip()) or ROLE_OF.get(name_of(key))
     return None if role in given.values() and key.strip() not in given else role
 
@@ -207,7 +245,7 @@ def _by_role(keys: tuple[str, ...], columns: Columns) -> tuple[dict[str, list[st
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     rest = []
     letters, ignored = _letters(keys), _stripped(columns.ignored)
-    given = _stripped(frozenset(key for _, key in columns.by_hand))
+    given = columns.given
     for key in keys:
         if key.strip() in ignored:
             continue
@@ -266,14 +304,19 @@ def _check_meaning(keys: Sequence[str], one: dict[str, str | None], columns: Col
         if name in TOOLS:
             raise ColumnsError(f'"{key}" lists tools, and calls of tools are not trained here')
     if sources := [key for key in keys if name_of(key) in SOURCES]:
-        flags = [] if one["messages"] or one.get("input") else [by_hand(columns, ("input", sources[0]))]
-        if not flags or len(sources) == 1:
-            flags.append(ignoring(columns, *sources))
-        else:
-            flags = [f"{flags[0]} {ignoring(columns, *sources[1:])}", ignoring(columns, *sources)]
-        has = "has no role, and the answer may depend on it"
-        has = has if len(sources) == 1 else "have no role, and the answer may depend on them"
-        raise ColumnsError(f"{quoted(sources)} {has}; type {', or '.join(flags)}")
+        raise no_role(sources, one["messages"], one.get("input"), columns)
+
+
+def no_role(keys: Sequence[str], messages: str | None, input: str | None, columns: Columns) -> ColumnsError:
+    """Return the error for keys on which the answer may depend, beside the keys of messages and input, if any."""
+    flags = [] if messages or input else [by_hand(columns, ("input", keys[0]))]
+    if not flags or len(keys) == 1:
+        flags.append(ignoring(columns, *keys))
+    else:
+        flags = [f"{flags[0]} {ignoring(columns, *keys[1:])}", ignoring(columns, *keys)]
+    has = "has no role, and the answer may depend on it"
+    has = has if len(keys) == 1 else "have no role, and the answer may depend on them"
+    return ColumnsError(f"{quoted(keys)} {has}; type {', or '.join(flags)}")
 
 
 def carries_nothing(key: str) -> bool:
@@ -282,33 +325,8 @@ def carries_nothing(key: str) -> bool:
     return name in CARRIES_NOTHING or name.endswith("_id") or name.startswith(("__", "unnamed:"))
 
 
-def _is_like(role: str, key: str) -> bool:
-    """Tell whether a key is named like a role: by a whole word in English, by any part in Chinese."""
-    words = name_of(key).split("_")
-    if words[-1] in ("type", "number", "class", "subject"):
-        return False
-    names = [name for name in NAMES[role].split() if len(name) > 1]
-    is_truth = role == "output" and name_of(key) == "ground_truth"
-    return is_truth or any(name in words if name.isascii() else name in name_of(key) for name in names)
-
-
-def missing(layout: Layout, keys: Sequence[str], role: str, columns: Columns) -> str:
-    """Return what a record lacks, what it has instead, and what to type."""
-    if set(map(name_of, layout.unread)) == {"text"} and not layout.keys:
-        return 'pretraining text: a "text" has no question and no answer; expected instructions or conversations'
-    roles = [f'"{getattr(layout, each)}" is the {each}' for each in ROLES if getattr(layout, each)]
-    others = [key for key in keys if key not in layout.keys]
-    others.sort(key=lambda key: (carries_nothing(key), not (_is_like("output", key) or _is_like("instruction", key))))
-    found = "; ".join(filter(None, (", ".join(roles), f"other keys: {quoted(others)}" if others else "")))
-    ignored = _stripped(columns.ignored)
-    likely = [key for key in others if not carries_nothing(key) and key.strip() not in ignored]
-    if role == "instruction" and layout.output is None:
-        flag = by_hand(columns, ("instruction", "KEY"), ("output", "KEY"))
-        return f"no instruction and no output found ({found or 'no keys'}); type {flag}"
-    if role == "instruction" and not likely and layout.input:
-        likely = [layout.input]
-    is_there = likely or not ignored.issuperset(others)
-    like = [key for key in likely if _is_like(role, key)]
-    likely = like or (likely if role == "instruction" else [])  # what is trained is not guessed
-    flag = by_hand(columns, (role, likely[0] if len(likely) == 1 else "KEY"))
-    return f"no {role} found ({found}); {f'type {flag}' if is_there else f'expected a key such as {role}'}"
+def has_value(value: object, key: str, columns: Columns) -> bool:
+    """Tell whether there is something under a key; an empty list may be written as a text where no text is expected."""
+    if value.__class__ is str:
+        return value != "" and (len(value) > 2 or value not in ("[]", "{}") or role_of(key, columns) in TEXTS)
+    return bool(value) if isinstance(value, list | dict) else value is not None

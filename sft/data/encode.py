@@ -22,6 +22,7 @@ except ImportError:  # not built for this machine
 
 # What a user's text may begin and end with: one of each kind that pre-tokenizers distinguish.
 PROBES = (*"aZ7你é😀#:。？,_\n \t\u3000\u0301\0", "'s", "\r\n")
+CONTROL = [*map(chr, range(32)), "\x7f"]  # all that a vocabulary of bytes may lack, as Falcon's lacks some
 JOINS_MERGE = 2  # tokens that two texts of a conversation may lose at most where they meet
 
 
@@ -62,6 +63,7 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         self.backend = plain_backend(tokenizer)
         self.special = [name for name in special_tokens(tokenizer) if name]
+        self.lost = [char for char in CONTROL if not self.backend.encode(char, add_special_tokens=False).ids]
         self.faster = faster_backend(self.backend)
         self.template_ids: dict[str, list[int]] = {}
         if cuts_at_the_template(tokenizer):

@@ -1,5 +1,6 @@
 """The files of rows at a path: a file, all that are below a folder, or those of a data set of the Hugging Face hub."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 METADATA |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"}
 METADATA |= {"adapter_config.json", "trainer_state.json", "data_report.jsonl", "package.json"}
 ABOUT, COPIES = "about the data, no rows", "made by the datasets library beside the data"
+OTHER_SPLIT = "another split than train; to read it, give its folder"
 ASIDE = "hidden, or a licence, a README or an image"  # counted, not named
 ASIDE_NAMES = re.compile(r"(\.|~\$|licen[cs]e|readme|.*\.(png|jpe?g|gif|svg|webp|ico)$)", re.IGNORECASE)
 COPY_NAMES = re.compile(r"(indices.*|cache-.*|tmp.*)\.arrow")
@@ -86,10 +88,21 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
             folders.clear()
             continue
         visited.add((state.st_dev, state.st_ino))
+        others = _other_splits(Path(folder)) if "train" in folders else set()
         yield from ((Path(folder, name), ASIDE) for name in folders if name.startswith("."))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from ((Path(folder, name), OTHER_SPLIT) for name in others.intersection(folders))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in others]
         yield from ((Path(folder, name), _reason_to_skip(Path(folder, name))) for name in names)
     yield from ((Path(error.filename), "") for error in unlisted)
+
+
+def _other_splits(folder: Path) -> set[str]:
+    """Return the splits beside "train" in a folder that the datasets library has saved with several."""
+    try:
+        saved = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
+        return {name for name in saved["splits"] if isinstance(name, str)} - {"train"}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
 
 
 def _reason_to_skip(file: Path) -> str:

@@ -1,37 +1,41 @@
 """Samples: questions and answers, taken from records whose keys have the names that people give them."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from sft.data.advice import empty_key, lacks, without_reply
 from sft.data.columns import (
     BAD,
     BY_NAME,
     MESSAGES,
+    SPEAKERS,
     Columns,
     ColumnsError,
     Layout,
     by_hand,
+    has_value,
     ignoring,
     layout_of,
-    missing,
     name_of,
+    no_role,
     not_read,
     quoted,
-    role_of,
+    shown,
+    without,
 )
 from sft.data.json_stream import RepeatedKeys
 from sft.data.options import read_options
 from sft.data.shards import Block, Refused, place_of, read_blocks, records_of
 from sft.data.texts import RefusedError, brief, text_of, truth_of
-from sft.data.turns import SPEAKER_KEYS, Talk, followed, read_reply, read_talk
+from sft.data.turns import Talk, UnknownSpeakerError, followed, read_reply, read_talk, speaks, with_speakers
 from sft.program import UserError
 from sft.prompts import ASSISTANT, HUMAN, build_prompt, chat_instruction
 
 TURN = re.compile(f"^({HUMAN}|{ASSISTANT})", re.MULTILINE)
-TEXTS = ("system", "instruction", "input", "output")  # roles in which "[]" is a text, and not nothing
 WRAPPERS = ("instances", "data")  # keys of rows within a row
 TEMPLATES = (
     "### Instruction:",
@@ -87,7 +91,14 @@ def to_sample(value: object, place: str, columns: Columns = BY_NAME) -> Sample |
     except ColumnsError as error:
         return Refused(place, _on_one_line(str(error)))
     except RefusedError as error:
-        return Refused(place, _on_one_line(str(error)), kind=_on_one_line(error.kind))
+        reason = f"{error}{_advice_on_speaker(error, columns)}"
+        return Refused(place, _on_one_line(reason), kind=_on_one_line(error.kind))
+
+
+def _advice_on_speaker(error: RefusedError, columns: Columns) -> str:
+    if not isinstance(error, UnknownSpeakerError) or not isinstance(error.speaker, str) or not error.speaker.strip():
+        return ""
+    return f"; type {' or '.join(by_hand(columns, (role, error.speaker)) for role in SPEAKERS)}"
 
 
 def _on_one_line(reason: str) -> str:
@@ -97,10 +108,10 @@ def _on_one_line(reason: str) -> str:
 
 def _record(value: object) -> dict:
     """Return a record as an object: a list may hold one object, or the turns of a conversation."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and not _speaks(value[0]):
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and not speaks(value[0]):
         value = value[0]
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        if not all(map(_speaks, value)):
+        if not all(map(speaks, value)):
             raise RefusedError(
                 "a list of objects that may be rows or the turns of a conversation; give each row its own line, or "
                 'write {"messages": [...]}'
@@ -113,16 +124,12 @@ def _record(value: object) -> dict:
     return _unwrapped(value) if "data" in value or "instances" in value else value
 
 
-def _speaks(turn: object) -> bool:
-    return isinstance(turn, dict) and any(name_of(key) in SPEAKER_KEYS for key in turn if isinstance(key, str))
-
-
 def _unwrapped(record: dict) -> dict:
     """Return a record with the one row that it wraps in its place, as seed tasks are written."""
     for wrapper in WRAPPERS:
         rows = record.get(wrapper)
         is_list = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
-        if not is_list or all(map(_speaks, rows)):
+        if not is_list or all(map(speaks, rows)):
             continue
         others = {key: value for key, value in record.items() if key != wrapper}
         if len(rows) > 1 or isinstance(rows[0], RepeatedKeys) or others.keys() & rows[0].keys():
@@ -137,11 +144,7 @@ def _unwrapped(record: dict) -> dict:
 def _sample(record: dict, place: str, columns: Columns) -> Sample:
     # Most values are texts, and no call is made for those.
     keys = tuple(
-        [
-            key
-            for key, value in record.items()
-            if value.__class__ is str and value[2:] or _has_value(value, key, columns)
-        ]
+        [key for key, value in record.items() if value.__class__ is str and value[2:] or has_value(value, key, columns)]
     )
     plain: list[str] = []
     if not MESSAGES.isdisjoint(keys):
@@ -149,6 +152,11 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
         keys = tuple(key for key in keys if key not in plain)
     layout = layout_of(keys, columns)
     remarks = [not_read(key) for key in (*layout.unread, *plain)]
+    if columns.by_hand:
+        record = with_speakers(record, layout, columns)
+        remarks += [without(key) for key in columns.given if not any(key == str(own).strip() for own in record)]
+    if layout.copies:
+        _check_copies(record, layout, columns)
     if layout.verdicts and (layout.messages or layout.output):
         remarks += [not_read(key) for key in _check_verdicts(record, layout, columns)]
     system = text_of(record[layout.system], layout.system) if layout.system else ""
@@ -158,11 +166,14 @@ def _sample(record: dict, place: str, columns: Columns) -> Sample:
     return _from_pair(record, layout, system, place, remarks, columns)
 
 
-def _has_value(value: object, key: str, columns: Columns) -> bool:
-    """Tell whether there is something under a key; an empty list may be written as a text where no text is expected."""
-    if value.__class__ is str:
-        return value != "" and (len(value) > 2 or value not in ("[]", "{}") or role_of(key, columns) in TEXTS)
-    return bool(value) if isinstance(value, list | dict) else value is not None
+def _check_copies(record: dict, layout: Layout, columns: Columns) -> None:
+    """Refuse a record with a further text, unless that repeats the question and the answer, as Alpaca's "text" does."""
+    own = [record[key] for key in (layout.instruction, layout.output) if key]
+    for key in layout.copies:
+        text = record[key]
+        repeats = isinstance(text, str) and all(isinstance(each, str) and each.strip() in text for each in own)
+        if len(own) == 2 and not repeats or layout.messages:
+            raise no_role([key], layout.messages, layout.input, columns)
 
 
 def _plain_messages(keys: tuple[str, ...], record: dict, columns: Columns) -> list[str]:
@@ -204,7 +215,10 @@ def _talk(record: dict, layout: Layout, columns: Columns) -> Talk | None:
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question or []
     if layout.output and isinstance(turns, list):
         turns = followed(turns, answer, key, layout.output)
-    talk = read_talk(turns, key or layout.output)
+    try:
+        talk = read_talk(turns, key or layout.output)
+    except RefusedError as error:
+        raise without_reply(error, layout, columns) from None
     texts = [text for pair in talk.pairs for text in pair]
     own = (layout.history, layout.input, *layout.options) if layout.messages is None else ()
     for other in (*layout.beside, *filter(None, own)):
@@ -247,10 +261,10 @@ def _from_talk(
 def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: list[str], columns: Columns) -> Sample:
     """Return the sample of one question and answer, with an input, a system text and a history where it has them."""
     if layout.instruction is None:
-        raise _lacks(record, layout, "instruction", columns)
+        raise lacks(record, layout, "instruction", columns)
     noted: dict[str, None] = dict.fromkeys(remarks)
     instruction = text_of(record[layout.instruction], layout.instruction)
-    input = _input(record[layout.input], layout.input) if layout.input else ""
+    input = _input(record[layout.input], layout.input, noted, columns) if layout.input else ""
     output = _answer(record[layout.output], layout.output, noted) if layout.output else ""
     if not instruction.strip() and not input.strip():
         raise RefusedError(f'the "{layout.instruction}" is empty')
@@ -291,31 +305,11 @@ def _marks(instruction: str, input: str, output: str) -> list[str]:
     return marks
 
 
-def _lacks(record: dict, layout: Layout, role: str, columns: Columns) -> RefusedError:
-    """Return why a record without a text of this role is refused."""
-    if empty := _empty(record, role, columns):
-        return RefusedError(f'the "{empty}" is {"null" if record[empty] is None else "empty"}')
-    if _speaks(record) and not layout.keys:
-        return RefusedError("one turn in a row of its own; give the turns of a conversation one row, under messages")
-    turns = [key for key in record if isinstance(key, str) and role_of(key, columns) == "messages"]
-    if turns and not layout.keys:
-        is_empty = not _has_value(record[turns[0]], turns[0], columns)
-        return RefusedError(f'the "{turns[0]}" is {"empty" if is_empty else "not a list of turns"}')
-    keys = [key for key, value in record.items() if _has_value(value, key, columns)]
-    return RefusedError(missing(layout, keys, role, columns))
-
-
-def _empty(record: dict, role: str, columns: Columns) -> str | None:
-    """Return a key of this role that is there and has no value."""
-    keys = [key for key in record if isinstance(key, str) and role_of(key, columns) == role]
-    return next((key for key in keys if not _has_value(record[key], key, columns)), None)
-
-
 def _check_empty(record: dict, layout: Layout, columns: Columns) -> None:
     """Refuse an output without a text, unless it is there and such ones are trained."""
-    key = layout.output or _empty(record, "output", columns)
+    key = layout.output or empty_key(record, "output", columns)
     if key is None or not isinstance(record[key], str):
-        raise _lacks(record, layout, "output", columns)
+        raise lacks(record, layout, "output", columns)
     if not columns.trains_empty_outputs:
         raise RefusedError(f'the "{key}" is empty; --empty_output train trains it')
 
@@ -330,10 +324,16 @@ def _answer(value: object, key: str, remarks: dict[str, None]) -> str:
     return text_of(value, key)
 
 
-def _input(value: object, key: str) -> str:
-    """Return an input; several texts, such as passages, are one below the other."""
+def _input(value: object, key: str, remarks: dict[str, None], columns: Columns) -> str:
+    """Return an input; several texts, such as passages, are one below the other.
+
+    An object, or a list of them, is read as JSON where --columns makes it the input.
+    """
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return "\n".join(text_of(each, key) for each in value)
+    if isinstance(value, list | dict) and columns.given.get(key.strip()) == "input":
+        remarks[f"{shown(key)} read as JSON"] = None
+        value = json.dumps(value, ensure_ascii=False)
     return text_of(value, key)
 
 

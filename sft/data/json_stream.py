@@ -19,6 +19,7 @@ WRAPPERS = {"data", "instances", "rows", "examples", "items", "train"}  # keys o
 ROW_KEYS = {"instruction", "prompt", "question", "query", "input", "context", "output", "response", "answer", "system"}
 SPEAKERS, SAID = {"role", "from", "speaker"}, {"content", "value", "text"}
 MEMBER = re.compile(r'\s*"([^"\\]*)"\s*:\s*')  # no known key has an escape
+LONGEST_WORD = 12  # characters of two surrogates as JSON writes them; true, false and null are shorter
 SCALAR = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[-+.\w]+)\s*,')
 
 
@@ -95,7 +96,13 @@ class _Text:
             except RecursionError:
                 raise self.broken("an element is nested too deeply") from None
             except ValueError as error:
-                if len(self.text) - start > MAX_RECORD_BYTES or not self.more():
+                is_long = len(self.text) - start > MAX_RECORD_BYTES
+                if is_long and _is_cut(self.text, error):
+                    size = f"{MAX_RECORD_BYTES // 2**20} MiB"
+                    raise self.broken(
+                        f"one element is over {size} long; if rows stand within it, write each as a line of its own"
+                    ) from None
+                if is_long or not self.more():
                     raise self.broken(f"invalid JSON from here on ({reason_of(error)})") from None
 
     def skip(self, character: str) -> bool:
@@ -222,9 +229,21 @@ def spans_lines(text: str) -> bool:
         return False
     try:
         _, end = DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return False
+    except json.JSONDecodeError as error:
+        return line.rstrip() != text.rstrip() and _is_cut(text, error)
+    except ValueError:
         return False
     return end > len(line) or line[end:].lstrip().startswith("{")  # anything else after it spoils only this line
+
+
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Tell whether a text is no JSON only for its end, as the beginning of a long one is."""
+    ends_in_a_word = error.msg.startswith(("Expecting value", "Invalid \\uXXXX"))
+    return (
+        error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - LONGEST_WORD * ends_in_a_word
+    )
 
 
 def _is_json(text: str) -> bool:

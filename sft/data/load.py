@@ -1,6 +1,7 @@
 """A file or folder of rows as a data set of tokenised samples, and the part of it that is held out."""
 
 import json
+from collections import Counter
 
 import numpy as np
 from datasets import Dataset
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import cache
 from sft.data.cache import Counts, lengths_of
-from sft.data.columns import BY_NAME, Columns
+from sft.data.columns import BY_NAME, Columns, without
 from sft.data.encode import check_length
 from sft.data.files import find_shards
 from sft.data.report import DataReport
@@ -36,6 +37,8 @@ def load_examples(
     check_length(tokenizer)
     folder = cache.tokenised(files, tokenizer, cache_dir, num_workers, columns)
     report = DataReport(Counts(**json.loads((folder / cache.COUNTS).read_text(encoding="utf-8"))), folder / cache.NOTES)
+    if flag == "--data_path":  # held-out rows may have other keys
+        _check_by_hand(report.counts, columns)
     if not report.counts.kept:
         return Dataset.from_list([]), report
     examples = Dataset.from_file(str(folder / cache.ROWS))
@@ -52,6 +55,17 @@ def load_examples(
     report.tokens, report.labelled_tokens = int(lengths.sum()), int(lengths_of(examples, "labelled").sum())
     report.longest = int(lengths.max())
     return examples, report
+
+
+def _check_by_hand(counts: Counts, columns: Columns) -> None:
+    """Raise UserError if no row has a key that --columns names."""
+    for key, role in columns.given.items():
+        if counts.kept and counts.kept == sum(file["remarks"].get(without(key), 0) for file in counts.files):
+            shapes = Counter(shape for file in counts.files for shape in file["shapes"])
+            raise UserError(
+                f'--columns {role}={key}: no row has the key "{key}"; the rows were read from '
+                f"{shapes.most_common(1)[0][0]}; type a key that they have"
+            )
 
 
 def first_equals(examples: Dataset) -> np.ndarray:

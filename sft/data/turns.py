@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from sft.data.columns import MEDIA, ROLE_OF, TOOLS, name_of, not_read
+from sft.data.columns import MEDIA, ROLE_OF, TOOLS, Columns, Layout, name_of, not_read
 from sft.data.json_stream import RepeatedKeys
 from sft.data.texts import MAX_CHARACTERS, RefusedError, brief, text_of, truth_of
 
 WORDS = {
-    "user": "user human prompter usr 用户 问 人类",
-    "assistant": "assistant gpt chatgpt gpt4 gpt-4 bot bing bard ai model moss chatglm claude 助手 答 机器人",
+    "user": "user human prompter usr patient client 用户 问 人类 患者 病人 来访者 求助者 客户 顾客",
+    "assistant": "assistant gpt chatgpt gpt4 gpt-4 bot bing bard ai model moss chatglm claude doctor counselor "
+    "counsellor 助手 答 机器人 医生 咨询师 客服",
     "system": "system developer 系统",
 }
 SPEAKERS = {word: speaker for speaker, words in WORDS.items() for word in words.split()}
@@ -23,6 +24,7 @@ NO_MEANING = frozenset(("name", "id", "timestamp", "create_time", "lang"))
 MOSS_TAG = re.compile(r"^<\|[^|]+\|>:\s*|\s*<eo[a-z]>\s*$")  # around each text of MOSS
 
 NAMED = re.compile(r"\s*([\w-]{1,12})\s*[:：]\s*")  # a speaker before a text
+NO_REPLY = "no question with a reply"
 NUMBERED = re.compile(r"turn_[0-9]{1,9}")
 
 
@@ -50,6 +52,17 @@ class Talk:
     note: str = ""
 
 
+class UnknownSpeakerError(RefusedError):
+    """Who speaks in a turn cannot be told by the speaker's name."""
+
+    def __init__(self, number: int, key: str, speaker: object):
+        """Take the turn's number, and the speaker that stands under a key."""
+        super().__init__(
+            'a speaker is not "user", "assistant" or "system"', f"turn {number} has {key} {brief(speaker)}"
+        )
+        self.speaker = speaker
+
+
 def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
     """Return the conversation that the turns under the key `name` hold; raise RefusedError if they are none.
 
@@ -75,7 +88,7 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
         joined[1] = Said("assistant", joined[1].text, is_trained=False)
         remarks["opening turn by the assistant, read and not trained"] = None
     if len(joined) < 2:
-        raise RefusedError("no question with a reply", brief([each.speaker for each in said]))
+        raise RefusedError(NO_REPLY, brief([each.speaker for each in said]))
     replies = joined[1::2]
     untrained = tuple(index for index, reply in enumerate(replies) if not reply.is_trained)
     if is_whole and len(untrained) == len(replies):
@@ -84,6 +97,34 @@ def read_talk(turns: object, name: str, is_whole: bool = True) -> Talk:
         remarks["replies not trained, by their weight"] = None
     pairs = tuple((question.text, reply.text) for question, reply in zip(joined[::2], replies, strict=True))
     return Talk(system, pairs, untrained, tuple(remarks), note)
+
+
+def speaks(turn: object) -> bool:
+    """Tell whether a value is an object with a speaker."""
+    return isinstance(turn, dict) and any(name_of(key) in SPEAKER_KEYS for key in turn if isinstance(key, str))
+
+
+def with_speakers(record: dict, layout: Layout, columns: Columns) -> dict:
+    """Return a record whose turns have the names of this module for the speakers that --columns names."""
+    keys = (layout.messages, layout.history, layout.instruction, layout.output)
+    turns = {key: record[key] for key in keys if key and isinstance(record[key], list | dict)}
+    return record | {key: _renamed(value, columns.speakers) for key, value in turns.items()}
+
+
+def _renamed(turns: object, speakers: dict[str, str]) -> object:
+    if isinstance(turns, list):
+        return [_renamed(turn, speakers) for turn in turns]
+    if isinstance(turns, str) and (named := NAMED.match(turns)) and named[1].lower() in speakers:
+        return f"{speakers[named[1].lower()]}: {turns[named.end() :]}"
+    if not isinstance(turns, dict) or isinstance(turns, RepeatedKeys):
+        return turns
+    if turns and all(NUMBERED.fullmatch(str(key)) for key in turns):
+        return {key: _renamed(turn, speakers) for key, turn in turns.items()}
+    own = {speakers.get(str(key).strip().lower(), key): value for key, value in turns.items()}
+    for key in own.keys() & {*SPEAKER_KEYS}:
+        if isinstance(own[key], str):
+            own[key] = speakers.get(own[key].strip().lower(), own[key])
+    return own if len(own) == len(turns) else turns
 
 
 def _listed(turns: object, name: str) -> Sequence[object]:
@@ -169,7 +210,8 @@ def _said(turn: object, number: int, remarks: dict[str, None]) -> Iterator[Said]
     by_speaker = {_pair_role(key): key for key in keys}
     if not {"user", "assistant"} <= by_speaker.keys() or len(by_speaker) < len(keys):
         raise RefusedError(
-            "a turn has no speaker and text, nor a question and a reply", f"turn {number} is {brief(turn)}"
+            "a turn has no speaker and text, nor a question and a reply",
+            f"turn {number} is {brief(turn)}; if its keys are the speakers, type --columns user=KEY,assistant=KEY",
         )
     _note_unread(turn, set(keys), number, remarks)
     is_trained = _is_trained(turn, number, remarks)
@@ -211,10 +253,7 @@ def _one(turn: dict, speaker_key: str, text_key: str, number: int, remarks: dict
     if name in TOOL_SPEAKERS or any(turn.get(key) for key in ("tool_calls", "function_call")):
         raise RefusedError("calls of tools, which are not trained here", f"turn {number}")
     if name not in SPEAKERS:
-        raise RefusedError(
-            'a speaker is not "user", "assistant" or "system"; rename it to the one it is',
-            f"turn {number} has {speaker_key} {brief(speaker)}",
-        )
+        raise UnknownSpeakerError(number, speaker_key, speaker)
     text = text_of(_plain(turn[text_key], number), text_key, f"turn {number}")
     if len(turn) > 2:
         _note_unread(turn, {speaker_key, text_key}, number, remarks)

@@ -16,7 +16,7 @@ from transformers import IntervalStrategy
 from transformers.integrations import get_available_reporting_integrations
 
 from sft import machine
-from sft.data.columns import ROLES, Columns
+from sft.data.columns import ROLES, SPEAKERS, Columns
 from sft.program import UserError
 from sft.training import zero
 
@@ -89,7 +89,10 @@ class DataArguments:
     )
     columns: str | None = field(
         default=None,
-        metadata={"help": "Roles of keys by hand: instruction=KEY,output=KEY; input, system, history, messages."},
+        metadata={
+            "help": "Roles of keys by hand: instruction=KEY,output=KEY; input, system, history, messages. "
+            "user=NAME,assistant=NAME are the names of speakers."
+        },
     )
     ignore_columns: str | None = field(default=None, metadata={"help": "Keys to leave unread: KEY,KEY."})
     empty_output: str = field(
@@ -110,10 +113,10 @@ class DataArguments:
         by_hand = []
         for given in self.columns.split(",") if self.columns else []:
             role, _, key = given.partition("=")
-            if role.strip() not in ROLES or not key:
+            if role.strip() not in (*ROLES, *SPEAKERS) or not key.strip():
                 raise UserError(
-                    f"--columns {self.columns} must be ROLE=KEY,ROLE=KEY with the roles {', '.join(ROLES)}; "
-                    "type, for example, --columns instruction=question,output=answer"
+                    f"--columns {self.columns} must be ROLE=KEY,ROLE=KEY with the roles {', '.join(ROLES)}, or user "
+                    "and assistant for speakers; type, for example, --columns instruction=question,output=answer"
                 )
             by_hand.append((role.strip(), key.strip()))
         ignored = frozenset(key.strip() for key in (self.ignore_columns or "").split(",") if key.strip())
@@ -294,8 +297,8 @@ def _check_output(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 def _check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     columns = data_args.reads_by
-    given = [each for pair in columns.by_hand for each in pair]
-    if len({role for role, _ in columns.by_hand}) + len({key for _, key in columns.by_hand}) < len(given):
+    roles = [role for role, _ in columns.by_hand if role not in SPEAKERS]
+    if len({*roles}) < len(roles) or len({key for _, key in columns.by_hand}) < len(columns.by_hand):
         raise UserError(f"--columns {data_args.columns} gives a role or a key twice; type each once")
     if both := columns.ignored.intersection(key for _, key in columns.by_hand):
         raise UserError(f"{sorted(both)[0]} is in --columns and in --ignore_columns; leave it out of one of them")

@@ -351,3 +351,17 @@ def test_a_part_may_hold_its_text_as_value_and_a_weight_of_a_loss_counts():
     ]
     sample = read({"messages": turns})
     assert (sample.history, sample.untrained) == ((("甲", "乙"),), (0,))
+
+
+@pytest.mark.parametrize("key", ["text", "content", "Code", "内容"])
+def test_a_further_text_is_named_where_it_repeats_the_row_and_refused_where_it_may_say_more(key: str):
+    pair = {"instruction": "数到二\n", "output": " 一二"}
+    whole = f"### Instruction:\n{pair['instruction'].strip()}\n\n### Response: 一二"
+    assert read({**pair, key: whole}).remarks == (f"not read: {key}",)
+    for more in ("数到二", "一二三", "从前有座山。", {"甲": 1}, 7, [whole]):
+        reason = refusal({**pair, key: more})
+        assert reason.startswith(f'"{key}" has no role, and the answer may depend on it')
+        read({**pair, key: more}, typed(advised(reason)[1]))
+        read({**pair, key: more}, typed(advised(reason)[0])) if more != 7 else None
+    assert refusal({"messages": [["数到二", "一二"]], key: "数"}).endswith(f"; type --ignore_columns {key}")
+    assert refusal({"instruction": "数到二", key: "一二"}).startswith("no output found")

@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.columns import BAD, GOOD, MEDIA, NAMES, NOT_READ, OPTIONS, SOURCES, TOOLS, Columns, carries_nothing
+from sft.data.columns import (
+    BAD,
+    COPIES,
+    GOOD,
+    MEDIA,
+    NAMES,
+    NOT_READ,
+    OPTIONS,
+    SOURCES,
+    TOOLS,
+    Columns,
+    carries_nothing,
+)
 from sft.data.formats import Sample, to_sample
 from sft.data.shards import Refused
 from sft.data.turns import NO_MEANING, SPEAKERS, TRAINED_KEYS
@@ -19,7 +31,7 @@ from sft.training.arguments import DataArguments
 KNOWN = sorted(name for names in NAMES.values() for name in names.split())
 QUESTIONS, ANSWERS = NAMES["instruction"].split(), NAMES["output"].split()
 NOTHING = ["id", "source", "category", "score", "url", "timestamp", "doc_id", "编号", "model", "__index_level_0__"]
-CHANGING = sorted(MEDIA | TOOLS | SOURCES | OPTIONS) + [
+CHANGING = sorted(MEDIA | TOOLS | SOURCES | OPTIONS | COPIES) + [
     "A",
     "B",
     "C",
@@ -31,7 +43,7 @@ CHANGING = sorted(MEDIA | TOOLS | SOURCES | OPTIONS) + [
     "train",
     "weight",
 ]
-UNKNOWN = ["心情", "reasoning", "remark", "text", "title", "Thought", "评语", "chain of thought", "explanation"]
+UNKNOWN = ["心情", "reasoning", "remark", "title", "Thought", "评语", "chain of thought", "explanation"]
 SPOKEN = [
     "role",
     "from",

@@ -152,6 +152,22 @@ def test_columns_that_cannot_be_understood_are_refused_with_an_example(columns: 
         arguments(columns=columns)
 
 
+@pytest.mark.parametrize("passages", [[{"标题": "鲸", "页": 3}], {"鲸": ["大", "灰"]}])
+def test_objects_are_the_input_by_hand_and_written_as_json(passages: object):
+    record = {"question": "鲸多大？", "passages": passages, "answer": "很大"}
+    sample = read(record, typed(advised(refusal(record))[0]))
+    assert json.loads(sample.input) == passages and "鲸" in sample.input
+    assert sample.remarks == ("passages read as JSON",)
+    assert refusal({"question": "鲸多大？", "input": passages, "answer": "很大"}).startswith('"input" is not a string')
+
+
+def test_a_key_by_hand_that_a_row_does_not_have_is_noted():
+    columns = arguments(columns="input=laws ,user=甲")
+    assert read({"question": "问", "laws": "", "answer": "答"}, columns).remarks == ()
+    sample = read({"question": "问", "input": "短", "answer": "答"}, columns)
+    assert sample.remarks == ("not read: input", "without laws, which --columns names,")
+
+
 def test_no_flag_reads_by_name_and_refuses_empty_outputs():
     assert DataArguments("x").reads_by == BY_NAME
     assert (

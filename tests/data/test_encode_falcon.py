@@ -8,9 +8,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.tokenise import FALCON_TOKENIZER
+from sft.data.cache import LOST
 from sft.data.encode import Encoder, special_tokens
 from sft.data.files import find_shards
 from sft.data.formats import Sample, read_samples
+from sft.data.load import load_examples
 from sft.model.load import load_tokenizer
 from sft.prompts import build_prompt
 from sft.tools.random_model import FALCON_SPECIAL_TOKENS
@@ -64,3 +66,12 @@ def test_names_of_special_tokens_are_plain_text(encoder: Encoder):
         [[example]] = encoder.encode([Sample(text, text, text, "rows:1")])
         assert not set(range(12)) & {*example.prompt, *example.answer[:-1]}
         assert encoder.tokenizer.decode(example.answer) == text + "<|endoftext|>"
+
+
+def test_rows_with_control_characters_that_the_vocabulary_lacks_are_counted(real_falcon: Path, tmp_path: Path):
+    rows = [{"q": f"第{number}行{char}？", "a": "好"} for number, char in enumerate("\x0b\x1c\t\n好\x00")]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    examples, report = load_examples(str(tmp_path / "rows.json"), load_tokenizer(str(real_falcon)), str(tmp_path))
+    backend = AutoTokenizer.from_pretrained(real_falcon)
+    lost = [row["q"] for row in rows if row["q"] not in backend.decode(backend(row["q"]).input_ids)]
+    assert len(lost) == 2 and report.counts.files[0]["remarks"] == {LOST: 2}

@@ -225,9 +225,11 @@ def test_rows_with_such_names_are_counted_once_each_wherever_the_name_stands(enc
         Sample("问", "", "答", "rows:1", (), f"{name}\n"),
     ]
     rows += [Sample("问", "", "答", "rows:1", ((None, name),))]
-    assert cache.remarks_of([clean] * 3, encoder.special) == {}
-    assert cache.remarks_of([clean, *rows, clean], encoder.special) == {cache.SPECIAL: len(rows)}
+    assert cache.remarks_of([clean] * 3, {cache.SPECIAL: encoder.special}) == {}
+    assert cache.remarks_of([clean, *rows, clean], {cache.SPECIAL: encoder.special}) == {cache.SPECIAL: len(rows)}
     for row in rows:
-        assert cache.remarks_of([clean, row], encoder.special) == {cache.SPECIAL: 1}
-    assert cache.remarks_of(rows, []) == {}
-    assert cache.remarks_of([Sample("问\n二", "", "答", "rows:1"), clean], ["\n"]) == {cache.SPECIAL: 1}
+        assert cache.remarks_of([clean, row], {cache.SPECIAL: encoder.special}) == {cache.SPECIAL: 1}
+    assert cache.remarks_of(rows, {}) == {}
+    assert cache.remarks_of([Sample("问\n二", "", "答", "rows:1"), clean], {cache.SPECIAL: ["\n"]}) == {
+        cache.SPECIAL: 1
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sft.data.files import ABOUT, ASIDE, COPIES, find_shards, look_through, skipped_in
+from sft.data.files import ABOUT, ASIDE, COPIES, OTHER_SPLIT, find_shards, look_through, skipped_in
 from sft.data.shards import read_blocks, records_of
 from sft.program import UserError
 from support.files import GOOD, write
@@ -139,20 +139,42 @@ def test_a_name_in_another_encoding_is_printable(tmp_path: Path):
     assert skipped_in(str(tmp_path)) == ["\\xca\\xfd\\xbe\\xdd.txt: no rows are read from .txt files"]
 
 
+def saved_set(folder: Path, **splits: int) -> Path:
+    """Save a set of so many rows in each split, as the datasets library does."""
+    rows = {name: [{"ask": name, "say": str(index)} for index in range(number)] for name, number in splits.items()}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(each) for name, each in rows.items()}).save_to_disk(folder)
+    return folder
+
+
+def values_in(shards: list[Path]) -> list[list[dict]]:
+    return [[value for block in read_blocks(shard) for _, value in records_of(block)] for shard in shards]
+
+
 def test_what_datasets_saves_is_found_and_its_copies_are_not(tmp_path: Path):
-    rows = datasets.Dataset.from_list([{"ask": "春", "say": str(number)} for number in range(20)])
-    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "set")
-    lay(tmp_path / "set", "train/cache-0a1b.arrow", "train/indices.arrow")
-    shards, skipped = look_through(str(tmp_path / "set"))
-    assert [[value["say"] for block in read_blocks(shard) for _, value in records_of(block)] for shard in shards] == [
-        ["0", "1", "2"],
-        [str(number) for number in range(20)],
-    ]
-    assert names_of(tmp_path / "set", skipped[ABOUT]) == [
-        "dataset_dict.json",
-        "test/dataset_info.json",
-        "test/state.json",
-        "train/dataset_info.json",
-        "train/state.json",
-    ]
-    assert names_of(tmp_path / "set", skipped[COPIES]) == ["train/cache-0a1b.arrow", "train/indices.arrow"]
+    folder = saved_set(tmp_path / "set", train=20)
+    lay(folder, "train/cache-0a1b.arrow", "train/indices.arrow")
+    shards, skipped = look_through(str(folder))
+    assert values_in(shards) == [[{"ask": "train", "say": str(number)} for number in range(20)]]
+    assert names_of(folder, skipped[ABOUT]) == ["dataset_dict.json", "train/dataset_info.json", "train/state.json"]
+    assert names_of(folder, skipped[COPIES]) == ["train/cache-0a1b.arrow", "train/indices.arrow"]
+
+
+def test_of_a_saved_set_only_the_split_to_train_on_is_read(tmp_path: Path):
+    folder = saved_set(tmp_path / "set", train=4, test=3, validation=2)
+    (folder / "more").mkdir()
+    (folder / "more" / "a.json").write_text(GOOD)
+    shards, _ = look_through(str(folder))
+    assert names_of(folder, shards) == ["more/a.json", "train/data-00000-of-00001.arrow"]
+    assert skipped_in(str(folder))[-1] == f"test and 1 more: {OTHER_SPLIT}"
+    [[row, *_]] = values_in(look_through(str(folder / "test"))[0])
+    assert row["ask"] == "test"
+
+
+@pytest.mark.parametrize("saved", ["", "null", '{"splits": 1}', '{"splits": [[]]}', '{"splits": ' + "[" * 9999, "{}"])
+def test_every_split_is_read_where_none_is_to_train_on_or_the_list_of_them_is_broken(tmp_path: Path, saved: str):
+    folder = saved_set(tmp_path / "set", test=3, validation=2)
+    assert len(look_through(str(folder))[0]) == 2
+    (folder / "train").mkdir()
+    (folder / "train" / "a.json").write_text(GOOD)
+    (folder / "dataset_dict.json").write_text(saved)
+    assert len(look_through(str(folder))[0]) == 3

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.cache import lengths_of
 from sft.data.collate import labels_of
+from sft.data.columns import Columns
 from sft.data.encode import encode_samples
 from sft.data.files import find_shards
 from sft.data.formats import Sample, read_samples
@@ -113,6 +114,24 @@ def test_data_without_a_row_to_train_on_is_told(tokenizer: PreTrainedTokenizerBa
     assert len(examples) == report.kept == report.counts.kept == 0
     # Whatever share of refused rows is allowed.
     assert report.what_is_wrong(1.0).startswith("has no rows to train on")
+
+
+def test_a_key_by_hand_that_no_row_has_is_a_mistake(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for number, key in enumerate(["input", "laws"]):
+        write_rows(tmp_path / "data" / f"{number}.json", [{"prompt": "问", key: "短", "output": "答"}] * 2)
+    columns = Columns((("input", "lawz"), ("user", "甲")))
+    with pytest.raises(UserError) as error:
+        load_examples(str(tmp_path / "data" / "0.json"), tokenizer, str(tmp_path), columns=columns)
+    assert str(error.value) == (
+        '--columns input=lawz: no row has the key "lawz"; the rows were read from prompt/output; type a key that they '
+        "have"
+    )
+    columns = Columns((("input", "laws"),))
+    _, report = load_examples(str(tmp_path / "data"), tokenizer, str(tmp_path), columns=columns)
+    assert report.counts.kept == 4
+    held_out = str(tmp_path / "data" / "0.json")
+    assert load_examples(held_out, tokenizer, str(tmp_path), "--eval_data_path", columns=columns)[1].counts.kept == 2
 
 
 def test_a_bad_row_is_named_through_the_cache_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):

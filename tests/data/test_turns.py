@@ -111,8 +111,10 @@ def test_prompts_and_completions_of_trl_are_texts_or_messages(prompt: object, co
     assert (sample.instruction, sample.output, sample.history) == ("下雨吗？", "不下。", ())
 
 
-@pytest.mark.parametrize("name", ["user", "human", "Human", "prompter", "用户", "问"])
-@pytest.mark.parametrize("other", ["assistant", "gpt", "chatgpt", "bot", "bing", "bard", "ai", "AI", "助手"])
+@pytest.mark.parametrize("name", ["user", "human", "Human", "prompter", "用户", "问", "患者", "client"])
+@pytest.mark.parametrize(
+    "other", ["assistant", "gpt", "chatgpt", "bot", "bing", "bard", "ai", "AI", "助手", "医生", "counselor"]
+)
 def test_speakers_have_many_names(name: str, other: str):
     assert read(said({"from": name, "value": "谁？"}, {"from": other, "value": "我"})).output == "我"
 

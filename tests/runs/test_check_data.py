@@ -89,9 +89,35 @@ def test_a_file_whose_every_row_has_other_keys_is_reported_in_bounded_space(chec
         (["--columns", "input=a,input=b"], "gives a role or a key twice"),
         (["--columns", "input=a,output=a"], "gives a role or a key twice"),
         (["--columns", "input=a", "--ignore_columns", "b, a"], "a is in --columns and in --ignore_columns"),
+        (["--columns", "user=甲,assistant=甲"], "gives a role or a key twice"),
+        (
+            ["--columns", "input=资料"],
+            'no row has the key "资料"; the rows were read from q/a; type a key that they have',
+        ),
         (["--empty_output", "keep"], "--empty_output"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_one_line(check, flags, said):
     result = check([{"q": "几？", "a": "一"}], *flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr
+
+
+def test_speakers_of_any_name_are_read_by_hand(check):
+    names = ["学徒", "师傅", "伙计", "师傅"]
+    row = {"对话": [{"role": name, "content": text} for name, text in zip(names, "问答谢好", strict=True)]}
+    refused = check([row] * 2)
+    assert refused.returncode == 2
+    assert lines_of(refused, "refused")[0].endswith(
+        "has role '学徒'; type --columns user=学徒 or --columns assistant=学徒; and 1 more like it"
+    )
+    read = check([row] * 2, "--columns", "user=学徒,user=伙计,assistant=师傅")
+    assert read.returncode == 0 and "### Response:⟦答</s>⟧" in read.stdout and "### Response:⟦好</s>⟧" in read.stdout
+
+
+def test_an_object_around_all_rows_is_one_line_with_a_command(check, tmp_path):
+    rows = [{"q": f"{number}是几？", "a": "数" * 400} for number in range(400)]
+    (tmp_path / "exam.json").write_text(json.dumps({"试题": rows}, ensure_ascii=False, indent=2), encoding="utf-8")
+    result = check([], "--data_path", str(tmp_path / "exam.json"))
+    assert result.returncode == 2
+    [refused] = lines_of(result, "refused")
+    assert refused.endswith("""type jq -c '.["试题"][]' FILE > rows.jsonl""")
