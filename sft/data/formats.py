@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from sft.data.advice import empty_key, lacks, without_reply
 from sft.data.columns import (
@@ -47,8 +47,7 @@ ENDS = ("</s>", "<|endoftext|>", "<|im_end|>")
 IMAGE = "<image>"  # stands in a text where a picture was
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One task, or one conversation whose last question and reply are `instruction` and `output`.
 
     `place` is where it was read from, "file:line" or "file[index]"; `system`, unless empty, ends in a newline; a pair
@@ -108,6 +107,8 @@ def _on_one_line(reason: str) -> str:
 
 def _record(value: object) -> dict:
     """Return a record as an object: a list may hold one object, or the turns of a conversation."""
+    if value.__class__ is dict and not ("data" in value or "instances" in value):  # nearly always
+        return value
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and not speaks(value[0]):
         value = value[0]
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
@@ -121,7 +122,7 @@ def _record(value: object) -> dict:
         raise RefusedError(f"a JSON {type(value).__name__}; expected an object")
     if isinstance(value, RepeatedKeys):
         raise RefusedError("a key appears twice", quoted(sorted(map(str, value))))
-    return _unwrapped(value) if "data" in value or "instances" in value else value
+    return _unwrapped(value)
 
 
 def _unwrapped(record: dict) -> dict:
@@ -271,8 +272,10 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
     if not output.strip():
         _check_empty(record, layout, columns)
         noted["empty output, trained as an answer of nothing"] = None
-    for mark in _marks(instruction, input, output):
-        noted[mark] = None
+    texts = "\n".join((instruction, input, output))
+    if "<" in texts or "#" in texts or "[" in texts:  # one of which is in every mark
+        _refuse_images(instruction, input)
+        noted.update(_marks(texts, output))
     if layout.options:
         instruction = "\n".join((instruction, *read_options(record, layout.options, columns)))
     history: tuple[tuple[str, str], ...] = ()
@@ -290,18 +293,16 @@ def _from_pair(record: dict, layout: Layout, system: str, place: str, remarks: l
         history, instruction = split_history(instruction)
     if input and (history or system):  # only the template of a single task has a place for an input
         instruction, input = f"{instruction}\n{input}", ""
-    _refuse_images(system, instruction, input, *[question for question, _ in history])
+    if system or history:
+        _refuse_images(system, *(question for question, _ in history))
     return Sample(instruction, input, output, place, history, system, "", untrained, layout.shape, tuple(noted))
 
 
-def _marks(instruction: str, input: str, output: str) -> list[str]:
-    """Return remarks on what another prompt template has left in the texts."""
-    texts = "\n".join((instruction, input, output))
-    if not ("<" in texts or "#" in texts or "[" in texts):  # one of which is in every mark
-        return []
-    marks = ["a prompt template of its own"] if any(mark in texts for mark in TEMPLATES) else []
+def _marks(texts: str, output: str) -> dict[str, None]:
+    """Return remarks on what another prompt template has left in the texts of a pair, and at the end of its output."""
+    marks = {"a prompt template of its own": None} if any(mark in texts for mark in TEMPLATES) else {}
     if output.endswith(ENDS):
-        marks.append("an answer that ends with a mark such as </s>, which is trained as text,")
+        marks["an answer that ends with a mark such as </s>, which is trained as text,"] = None
     return marks
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,6 +83,7 @@ def place_of(shard: Path, form: str, number: int) -> str:
     return printable(str(shard)) + where
 
 
+@lru_cache
 def printable(name: str) -> str:
     """Return a file's name as text that any terminal can print."""
     return name.encode("utf-8", "backslashreplace").decode()
@@ -247,6 +249,10 @@ def _line_records(block: Block) -> Iterator[tuple[int, object]]:
 def _parse_line(line: bytes, block: Block, number: int) -> object:
     text = line.decode(block.encoding if block.encoding == "gb18030" else "utf-8", "surrogateescape")
     try:
+        if text.startswith("{"):  # as nearly all do; `decode` would look twice for blanks
+            value, end = DECODER.raw_decode(text)
+            if not text[end:].strip(" \t\r\n"):
+                return value
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         if (unended := text.rstrip()).endswith(","):  # as where an array's rows were copied without its brackets

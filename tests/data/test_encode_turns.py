@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def test_a_history_in_the_instruction_gives_the_same_examples(tokenizer, tmp_pat
 
 def test_all_shapes_give_one_and_the_same_row(tmp_path):
     rows = [list(read_samples(write(tmp_path / "rows.jsonl", make(TURNS, SYSTEM)))) for make in SHAPES.values()]
-    assert [[replace(row, shape="") for row in each] for each in rows] == [[replace(rows[0][0], shape="")]] * len(rows)
+    assert [[row._replace(shape="") for row in each] for each in rows] == [[rows[0][0]._replace(shape="")]] * len(rows)
     assert {row.shape for [row] in rows} == {
         "messages",
         "conversations",
