@@ -6,6 +6,8 @@
 #   MODEL=tiiuae/falcon-7b DATA=my_rows OUTPUT=output_dir/mine sh base_run.sh
 #   sh base_run.sh --demo                   every step, on a small random model: needs no GPU, no hub, no data
 #   FAMILY=falcon sh base_run.sh --demo
+line_ends=LF
+[ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/setup.sh"

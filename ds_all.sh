@@ -10,6 +10,8 @@
 #   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on all hosts
 #   DEVICE=cpu NUM_GPUS=2 sh ds_all.sh               two ranks on the CPU, to try things out
 # SIGTERM saves at the next step and ends with exit code 75; what has not ended GRACE_SECONDS (25) later is killed.
+line_ends=LF
+[ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/setup.sh"

@@ -29,8 +29,8 @@ from sft.data.packing import PackedSequences
 from sft.data.report import NOTES, DataReport, print_data, write_data_report
 from sft.data.sequences import SampleSequences, Sequences
 from sft.data.streaming import StreamedSequences
-from sft.model import lora, patch
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model import lora, neftune, patch
+from sft.model.load import check_ids, load_config, load_model, load_tokenizer, locate
 from sft.plan import plan
 from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
 from sft.training import arguments, disk, resume, summary, zero
@@ -91,6 +91,8 @@ def make_model(
     model.config.update(special_tokens)
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, **special_tokens)
     patch.install(model)
+    if training_args.neftune_noise_alpha:
+        neftune.install(model, training_args.neftune_noise_alpha)
     if training_args.compile_blocks and not training_args.activation_checkpointing:
         patch.compile_blocks(model)
     if lora_config:
@@ -197,6 +199,7 @@ def main() -> None:
         if data_args.packing and training_args.chooses_batch_size:
             training_args.set_batch_size(plan.batch_size(run))
         tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
+        check_ids(tokenizer, config, model_args.model_name_or_path)
         train_dataset, eval_dataset, reports = make_data(data_args, training_args, tokenizer)
         if data_args.check_data:
             return
@@ -204,10 +207,14 @@ def main() -> None:
         fit = plan.fit(run, train_dataset.longest_batch(training_args.per_device_train_batch_size))
         if fit.needs_checkpointing:
             training_args.turn_on_checkpointing()
-        settings = resume.settings_of(model_args, training_args, train_dataset, config)
         schedule = training_args.schedule(train_dataset.num_sequences)
+        settings = resume.settings_of(model_args, training_args, train_dataset, config, schedule.num_steps)
         disk.check_shared(training_args)
         resumed = resume.find(training_args, settings, schedule.num_steps)
+        if resume.has_ended(training_args, resumed, schedule.num_steps):
+            if training_args.process_index == 0:
+                print(f"{training_args.output_dir} has made all its {schedule.num_steps:,} steps")
+            return
         disk.check_room(training_args, settings, schedule, merges_lora=model_args.merge_lora)
         training_args.eval_on_start = data_args.holds_out and resumed is None  # the model card gives both losses
 

@@ -55,7 +55,11 @@ class OneLineErrors:
 
 
 class ArgumentParser(OneLineErrors, argparse.ArgumentParser):
-    """argparse's parser with errors of one line."""
+    """argparse's parser with errors of one line, which takes no flag by its beginning."""
+
+    def __init__(self, *args, **keywords):
+        """Take what argparse's parser takes."""
+        super().__init__(*args, allow_abbrev=False, **keywords)
 
 
 def one_line(error: BaseException) -> str:
@@ -68,6 +72,8 @@ def run_program(main: Callable[[], None]) -> None:
 
     Every rank of a distributed run makes the same mistake, so only the first rank of each host prints it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     # DeepSpeed, imported by accelerate, warns on every machine without a GPU; our own header names the device.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # DeepSpeed uses a name that torch has since changed, and every rank would say so at every save.

@@ -12,7 +12,7 @@ from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.data.formats import Sample
 from sft.model.int8 import quantize
-from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
+from sft.model.load import check_ids, load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
 from sft.prompts import split_system
 
@@ -53,6 +53,7 @@ class ChatModel:
         else:
             load_config(checkpoint)
             model, tokenizer = load_model(checkpoint, chosen), load_tokenizer(checkpoint)
+        check_ids(tokenizer, model.config, checkpoint)
         if quantization != "int8":
             return cls(model.to(device), tokenizer)
         chat = cls(quantize(model.to(device)), tokenizer)

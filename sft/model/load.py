@@ -19,10 +19,18 @@ from transformers import (
 )
 
 from sft.machine import answers
+from sft.model.folder import check_files
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
 
 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")  # peft asks for it
+
+
+FIRST_FALCONS = ("RefinedWebModel", "RefinedWeb")  # model types of Falcon's first revisions, 7b's and 40b's
+FIRST_FALCON_EDITS = (
+    's/"RefinedWeb\\(Model\\)\\?"/"falcon"/;s/"n_head"/"num_attention_heads"/;s/"n_layer"/"num_hidden_layers"/;'
+    's/"n_head_kv": *\\([0-9]*\\)/"num_kv_heads": \\1, "new_decoder_architecture": true/'
+)
 
 
 def locate(name_or_path: str, cache_dir: str | None = None) -> str:
@@ -32,7 +40,14 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
     Raises UserError if there is no such folder, and no such model in the hub or in the cache.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except PermissionError as error:
+        raise UserError(
+            f"{name_or_path} cannot be looked into: {one_line(error)}; give a folder you may read"
+        ) from None
+    if is_folder:
+        check_files(folder)
         return name_or_path
     if folder.is_file():
         raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
@@ -72,6 +87,11 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
     try:
         config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:
+        if any(f"`{name}`" in str(error) for name in FIRST_FALCONS):
+            raise UserError(
+                f"{name_or_path} has a config.json from before Falcon was part of transformers; download the model "
+                f"again, or type sed -i '{FIRST_FALCON_EDITS}' config.json in its folder"
+            ) from None
         raise UserError(
             f"{name_or_path} cannot be read as a model: {one_line(error)}; expected a Hugging Face model folder or a "
             "hub id such as bigscience/bloom-560m"
@@ -118,7 +138,9 @@ def load_tokenizer(
             f"the tokenizer of {name_or_path} cannot be loaded ({one_line(error)}); expected tokenizer.json or "
             "tokenizer.model, and tokenizer_config.json, beside config.json; copy them from the base model"
         ) from None
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    # An eos that is not in the vocabulary, such as "", has the id of the unknown token.
+    has_eos = tokenizer.eos_token and tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == tokenizer.eos_token
+    if not tokenizer.is_fast or not has_eos:
         raise UserError(
             f"the tokenizer of {name_or_path} has no {'eos token' if tokenizer.is_fast else 'fast version'}; expected "
             "a tokenizer.json with an eos token, as bigscience/bloom-560m and tiiuae/falcon-7b have"
@@ -128,7 +150,19 @@ def load_tokenizer(
     tokenizer.chat_template = chat_template(_beginning(tokenizer), tokenizer.eos_token)
     # Falcon's forward takes no token types, which older tokenizer files would add.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code that no folder saved here has
     return tokenizer
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, name: str) -> None:
+    """Raise UserError if the tokenizer of the model `name` has a token that the model has no embedding for."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name} has the token {token!r} with the id {largest:,}, and the model has embeddings "
+            f"for the ids below {config.vocab_size:,}; copy the base model's tokenizer files into the folder, or give "
+            "the model more embeddings first: model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -197,6 +231,8 @@ def load_model(
         )
     except Exception as error:
         raise UserError(f"the weights of {name_or_path} cannot be loaded: {one_line(error)}") from None
+    for each in (model.config, model.generation_config):
+        each.__dict__.pop("auto_map", None)  # names code that no folder saved here has
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"the weights of {name_or_path} lack {len(missing)} of the model's tensors, such as {missing[0]}; "

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
-from sft.model import attention
+from sft.model import attention, neftune
 from sft.model.loss import TiedEmbedding, TiedGradient, next_token_loss
 from sft.program import UserError
 
@@ -111,6 +111,7 @@ def forward(
         # Whole blocks for FlexAttention, and few shapes to compile for: up to 127 more tokens, each its own example.
         missing = -length % attention.BLOCK_SIZE
         input_ids, position_ids = (functional.pad(ids, (0, missing)) for ids in (input_ids, position_ids))
+    neftune.tell_lengths(self, position_ids)
     base, head = self.base_model, self.get_output_embeddings()
     if self.config.model_type in ("bloom", "falcon"):
         hidden_states = attention.hidden_states_of(base, input_ids, position_ids)

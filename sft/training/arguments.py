@@ -368,8 +368,9 @@ def _check_zero(args: TrainingArguments) -> None:
         )
     if args.deepspeed and args.device.type not in ("cuda", "cpu"):
         raise UserError(f"--deepspeed runs here on CUDA GPUs and CPUs, not on {args.device.type}; leave it out")
-    if args.offload != "none":
-        zero.check_machine(args.offload, args.offload_dir)
+    if args.deepspeed:
+        tell = args.local_process_index == 0
+        zero.check_machine(args.offload, args.offload_dir, on_the_cpu=args.device.type == "cpu", tell=tell)
 
 
 def _check_compiled_blocks(args: TrainingArguments) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from sft.machine import gib
+from sft.model.folder import let_others_read
 from sft.program import OneRankError, UserError, one_line
 from sft.training.arguments import Schedule, TrainingArguments
 from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
@@ -70,6 +71,7 @@ def new_model_folder(output: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    let_others_read(unfinished)
     target.mkdir(exist_ok=True)
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(target / file.name)  # last, since without it no folder is a model

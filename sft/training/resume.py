@@ -14,11 +14,23 @@ from sft.model import lora
 from sft.model.load import count_parameters
 from sft.program import UserError
 from sft.training.arguments import ModelArguments, TrainingArguments
-from sft.training.checkpoints import MARKER, complete_steps, fault_of, folders_in, has_optimizer_state, step_of
+from sft.training.checkpoints import (
+    MARKER,
+    STATE,
+    complete_steps,
+    fault_of,
+    fault_of_weights,
+    folders_in,
+    has_optimizer_state,
+    step_of,
+)
 
 
 def _flag(name: str):
     return field(metadata={"flag": name})
+
+
+CONSTANT = ("constant", "constant_with_warmup")  # schedules that are the same however long the run is
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class RunSettings:
     train_sampling_strategy: str = _flag("--train_sampling_strategy")
     learning_rate: float = _flag("--learning_rate")
     lr_scheduler_type: str = _flag("--lr_scheduler_type")
+    lr_scheduler_kwargs: dict | None = _flag("--lr_scheduler_kwargs")
+    num_steps: int | None = _flag("steps")  # None where the learning rate does not depend on it
     warmup_steps: float = _flag("--warmup_steps")
     weight_decay: float = _flag("--weight_decay")
     max_grad_norm: float = _flag("--max_grad_norm")
@@ -53,6 +67,7 @@ class RunSettings:
     adam_beta1: float = _flag("--adam_beta1")
     adam_beta2: float = _flag("--adam_beta2")
     adam_epsilon: float = _flag("--adam_epsilon")
+    neftune_noise_alpha: float | None = _flag("--neftune_noise_alpha")
     bf16: bool = _flag("--bf16")
     fp16: bool = _flag("--fp16")
 
@@ -73,7 +88,11 @@ class RunSettings:
 
 
 def settings_of(
-    model_args: ModelArguments, args: TrainingArguments, data: Sequences, config: PretrainedConfig
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    data: Sequences,
+    config: PretrainedConfig,
+    num_steps: int,
 ) -> RunSettings:
     """Return a run's settings; raise UserError if LoRA is asked for layers that the model does not have."""
     num_parameters, lora_config = count_parameters(config), model_args.lora_config
@@ -92,6 +111,7 @@ def settings_of(
         zero_stage=args.zero_stage,
         num_processes=args.world_size if args.zero_stage else None,
         sequences_per_step=args.sequences_per_step,
+        num_steps=None if values["lr_scheduler_type"] in CONSTANT else num_steps,
     )
 
 
@@ -102,6 +122,7 @@ SAME = {
     "the examples' hash": "the same data",
     "processes": "as many processes",
     "rows a step": "as many rows a step",
+    "steps": "the same --num_train_epochs and --max_steps, since the learning rate depends on their number",
 }
 
 
@@ -128,6 +149,21 @@ def find(args: TrainingArguments, settings: RunSettings, num_steps: int) -> Path
     if folder and step_of(folder) < num_steps:
         check_settings(folder, settings)
     return folder
+
+
+def has_ended(args: TrainingArguments, resumed: Path | None, num_steps: int) -> bool:
+    """Tell whether the run has made all its steps and saved its result, of which no later checkpoint need be left.
+
+    With --load_best_model_at_end the best checkpoint may be the only one, long before the last step.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        num_made = json.loads((output_dir / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    if resumed is None or not isinstance(num_made, int):
+        return False
+    return num_made >= num_steps > step_of(resumed) and not fault_of_weights(output_dir)
 
 
 def _newest_on_all_hosts(args: TrainingArguments) -> Path | None:

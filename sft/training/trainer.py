@@ -35,6 +35,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args, settings: RunSettings, shares_batches: bool, merges_lora: bool = True, **kwargs):
         """Add the callbacks that check the attention before the first step, and the run between steps."""
         super().__init__(*args, **kwargs)
+        self.neftune_noise_alpha = None  # the noise of sft.model.neftune knows each example's length
         self.settings = settings
         self.merges_lora = merges_lora
         self.is_lora = isinstance(self.model, PeftModel)
@@ -215,8 +216,10 @@ class Trainer(transformers.Trainer):
         """Make the model of the last step the result, each file in the output folder complete or not there."""
         output_dir = self.args.output_dir
         source = Path(output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            source = Path(output_dir, Path(self.state.best_model_checkpoint).name)
         with disk.writing(output_dir, "the result"):
-            if self.args.load_best_model_at_end or checkpoints.fault_of(source):
+            if checkpoints.fault_of(source):
                 source = Path(output_dir, checkpoints.UNFINISHED, "model")
                 self.save_model(str(source))
             self.on_the_first_rank(lambda: self._publish(source))

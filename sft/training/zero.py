@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import PretrainedConfig
 
 from sft.program import UserError, one_line
 
-SECONDS_TO_BUILD = 1800  # far more than one of DeepSpeed's extensions takes
+SECONDS_TO_BUILD = 600  # more than one of DeepSpeed's extensions takes
 OFFLOADS = ("none", "optimizer", "all")
 
 
@@ -56,28 +55,63 @@ def size_buffers(configuration: dict, config: PretrainedConfig, world_size: int)
         offload["buffer_size"] = max(largest, 100_000_000)
 
 
-def check_machine(offload: str, offload_dir: str | None) -> None:
-    """Raise UserError if DeepSpeed cannot build what offload needs on this machine; the first build takes a minute."""
+def check_machine(offload: str, offload_dir: str | None, on_the_cpu: bool, tell: bool) -> None:
+    """Build what DeepSpeed needs here, which takes minutes at first; raise UserError if that cannot be.
+
+    Ranks on the CPU share memory by an extension of its own; `tell` prints what is built.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     if offload_dir and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("--offload_dir needs libaio; on Debian and Ubuntu: apt install libaio-dev")
-    own_root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    locks = Path(own_root).glob("*/lock") if own_root else Path(get_default_build_root()).glob("*/*/lock")
-    for lock in locks:
-        with suppress(FileNotFoundError):  # of a build that ends now
-            if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
-                raise UserError(
-                    f"{lock} was left by a build that was killed, and every other build waits for it; delete it"
-                )
-    builders = [CPUAdamBuilder()] + ([AsyncIOBuilder()] if offload_dir else [])
-    for builder in builders:
+    wanted = [(ShareMemCommBuilder(), "--deepspeed on a CPU", "leave it out")] if on_the_cpu else []
+    for builder, is_wanted in ((CPUAdamBuilder(), offload != "none"), (AsyncIOBuilder(), offload_dir)):
+        wanted += [(builder, f"--offload {offload}", "type --offload none")] if is_wanted else []
+    for builder, flag, instead in wanted:
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        check_lock(folder / "lock", tell)
+        if tell and not (folder / f"{builder.name}.so").exists():
+            print(f"building DeepSpeed's {builder.name}, some minutes, once, into {folder}", flush=True)
         try:
             builder.load(verbose=False)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
             reason = lines[1] if len(lines) > 1 else one_line(error)
             raise UserError(
-                f"--offload {offload} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; "
-                "install g++ and, with a GPU, the CUDA toolkit that torch was built for, or type --offload none"
+                f"{flag} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; install g++ and, with "
+                f"a GPU, the CUDA toolkit that torch was built for, or {instead}"
             ) from None
+
+
+def check_lock(lock: Path, tell: bool) -> None:
+    """Wait while a lock says that another process builds; delete one that a killed build left behind.
+
+    Who builds on this host holds the lock open. Another host cannot be seen, so a lock that nobody here holds is only
+    deleted once it is old. `tell` prints what is waited for.
+    """
+    told = False
+    while lock.exists() and not _is_held(lock):
+        with suppress(FileNotFoundError):  # of a build that ends now
+            if time.time() - lock.stat().st_mtime > SECONDS_TO_BUILD:
+                lock.unlink()
+                if tell:
+                    print(f"deleted {lock}, which a killed build left behind", flush=True)
+                return
+        if tell and not told:
+            print(
+                f"waiting for {lock}, which no process here holds; if no other host is building, delete it", flush=True
+            )
+        told = True
+        time.sleep(1)
+
+
+def _is_held(lock: Path) -> bool:
+    """Tell whether a process of this host has a file open, or may have, where that cannot be seen."""
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # of a process that ends now, or of another user
+            if descriptor.readlink() == lock.resolve():
+                return True
+    return False

@@ -19,7 +19,7 @@ from sft.program import UserError
 from sft.tools.random_model import SHAPES
 from sft.training import checkpoints, resume
 from sft.training.arguments import ModelArguments, TrainingArguments
-from sft.training.resume import RunSettings, check_settings, find, settings_of
+from sft.training.resume import RunSettings, check_settings, find, has_ended, settings_of
 from support.project import PROJECT
 
 LENGTHS = [3, 5, 2, 4, 6, 3, 3]
@@ -60,7 +60,7 @@ def of_run(
 ) -> RunSettings:
     """Return the settings of a run of all weights, unless LoRA's flags are given."""
     data = SampleSequences(data) if isinstance(data, Dataset) else data
-    return settings_of(ModelArguments("m", **lora), args, data, SHAPES[shape])
+    return settings_of(ModelArguments("m", **lora), args, data, SHAPES[shape], num_steps=24)
 
 
 def data_hash(args: TrainingArguments, data: Dataset) -> str:
@@ -120,6 +120,8 @@ FLAGS = {
     "train_sampling_strategy": "sequential",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "neftune_noise_alpha": 5.0,
     "warmup_steps": 0.03,
     "weight_decay": 0.1,
     "max_grad_norm": 0.5,
@@ -199,6 +201,12 @@ def test_settings_outlive_the_file_they_are_kept_in(make_args, columns, flags, t
     check_settings(make_checkpoint(tmp_path, 2, settings.named()), settings)
 
 
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", 24), ("cosine", 24), ("constant", None)])
+def test_the_number_of_steps_is_a_setting_where_the_learning_rate_depends_on_it(make_args, columns, schedule, expected):
+    settings = of_run(make_args(lr_scheduler_type=schedule), dataset_of(columns))
+    assert settings.num_steps == expected and settings.named()["steps"] == expected
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 MARKED = {
@@ -208,6 +216,7 @@ MARKED = {
     "rows a step": 4,
     "--seed": 42,
     "--data_seed": None,
+    "steps": 6,
 }
 SETTINGS = RunSettings(
     **{each.name: MARKED.get(each.metadata["flag"]) for each in fields(RunSettings)},
@@ -242,6 +251,11 @@ def test_a_run_with_the_same_settings_may_resume(tmp_path, state):
         ("seed", 43, "--seed 42"),
         ("data_seed", 1, "no --data_seed"),
         ("sequences_per_step", 8, "as many rows a step"),
+        (
+            "num_steps",
+            12,
+            "the same --num_train_epochs and --max_steps, since the learning rate depends on their number",
+        ),
     ],
 )
 def test_a_setting_that_differs_is_named_with_both_values(tmp_path, field, value, same):
@@ -372,3 +386,27 @@ def test_hosts_resume_from_the_newest_one_that_all_of_them_have(tmp_path, monkey
     monkeypatch.setattr(resume, "gather_object", lambda own: asked.append(own) or [*own, *of_others])
     assert find(arguments(tmp_path), SETTINGS, 100) == (tmp_path / f"checkpoint-{step}" if step else None)
     assert asked == [[[2, 4, 8]]]
+
+
+# ---------------------------------------------------------------------------------------------------------- at the end
+
+
+@pytest.mark.parametrize(
+    ("made", "weights", "step", "expected"),
+    [(24, True, 6, True), (30, True, 6, True), (23, True, 6, False), (24, False, 6, False), (24, True, 24, False)],
+)
+def test_a_run_has_ended_if_its_result_is_of_the_last_step(tmp_path, made, weights, step, expected):
+    folder = make_checkpoint(tmp_path, step)
+    (tmp_path / checkpoints.STATE).write_text(json.dumps({"global_step": made}))
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    if not weights:
+        (tmp_path / "model.safetensors").write_bytes(b"cut")
+    assert has_ended(arguments(tmp_path), folder, 24) is expected
+    assert not has_ended(arguments(tmp_path), None, 24)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"global_step": null}'])
+def test_a_state_that_says_no_step_is_of_no_ended_run(tmp_path, state):
+    (tmp_path / checkpoints.STATE).write_text(state)
+    assert not has_ended(arguments(tmp_path), make_checkpoint(tmp_path, 6), 24)
+    assert not has_ended(arguments(tmp_path / "nowhere"), None, 24)

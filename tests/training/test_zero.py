@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 from sft.program import UserError
 from sft.training import zero
@@ -134,9 +137,8 @@ ninja: build stopped: subcommand failed.
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder that torch builds extensions in."""
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setattr(zero, "get_default_build_root", lambda: str(tmp_path))
+    """Return the folder that torch builds extensions in."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     return tmp_path
 
 
@@ -144,18 +146,20 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def build(monkeypatch: pytest.MonkeyPatch, builds: Path) -> Callable[..., list[str]]:
     """Return a function that checks a machine whose builders end so, and gives the names of those that were built."""
 
-    def build(offload_dir: str | None = None, has_libaio: bool = True, **errors: BaseException) -> list[str]:
+    def build(
+        offload_dir: str | None = None, has_libaio: bool = True, on_the_cpu: bool = False, **errors: BaseException
+    ) -> list[str]:
         built = []
 
-        def load(builder: CPUAdamBuilder | AsyncIOBuilder, verbose: bool = True) -> None:
+        def load(builder: CPUAdamBuilder | AsyncIOBuilder | ShareMemCommBuilder, verbose: bool = True) -> None:
             built.append(builder.name)
             if builder.name in errors:
                 raise errors[builder.name]
 
-        monkeypatch.setattr(CPUAdamBuilder, "load", load)
-        monkeypatch.setattr(AsyncIOBuilder, "load", load)
+        for builder in (CPUAdamBuilder, AsyncIOBuilder, ShareMemCommBuilder):
+            monkeypatch.setattr(builder, "load", load)
         monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda builder, verbose=True: has_libaio)
-        check_machine("optimizer", offload_dir)
+        check_machine("optimizer", offload_dir, on_the_cpu, tell=True)
         return built
 
     return build
@@ -180,7 +184,7 @@ def test_a_build_that_fails_is_one_line_with_the_compilers_own(build, error, rea
         build(cpu_adam=error)
     message = str(caught.value)
     assert message.startswith(f"--offload optimizer needs DeepSpeed's cpu_adam, which cannot be built here: {reason};")
-    assert "install g++" in message and "type --offload none" in message
+    assert "install g++" in message and "or type --offload none" in message
     assert "\n" not in message and len(message) < 400
 
 
@@ -195,20 +199,71 @@ def test_a_disk_without_libaio_names_the_package(build):
     assert build(has_libaio=False) == ["cpu_adam"]
 
 
-@pytest.mark.parametrize("place", ["py311_cpu/cpu_adam", "own/cpu_adam"])
-@pytest.mark.parametrize(("minutes", "is_left_over"), [(0, False), (20, False), (40, True)])
-def test_a_lock_that_a_killed_build_left_is_named_and_no_other(
-    build, builds, monkeypatch, place, minutes, is_left_over
-):
-    lock = builds / place / "lock"
-    if place.startswith("own"):
-        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(builds / "own"))
-        monkeypatch.setattr(zero, "get_default_build_root", lambda: str(builds / "another"))
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (time.time() - 60 * minutes,) * 2)
-    if is_left_over:
-        with pytest.raises(UserError, match=f"^{lock} was left by a build that was killed, .*; delete it$"):
-            build()
-    else:
+def test_ranks_on_the_cpu_build_what_they_share_memory_by(build):
+    assert build(on_the_cpu=True) == ["deepspeed_shm_comm", "cpu_adam"]
+
+
+def test_a_first_build_is_told_before_it_begins_and_a_later_one_is_not(build, builds, capfd):
+    build()
+    assert capfd.readouterr().out == f"building DeepSpeed's cpu_adam, some minutes, once, into {builds / 'cpu_adam'}\n"
+    (builds / "cpu_adam" / "cpu_adam.so").touch()
+    build()
+    assert capfd.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+@pytest.fixture
+def lock(builds: Path) -> Path:
+    path = builds / "cpu_adam" / "lock"
+    path.parent.mkdir()
+    path.touch()
+    return path
+
+
+def make_old(lock: Path) -> None:
+    os.utime(lock, (time.time() - zero.SECONDS_TO_BUILD - 1,) * 2)
+
+
+def test_an_old_lock_that_a_killed_build_left_is_deleted_with_a_line(build, lock, capfd):
+    make_old(lock)
+    assert build() == ["cpu_adam"] and not lock.exists()
+    assert f"deleted {lock}, which a killed build left behind\n" in capfd.readouterr().out
+
+
+def test_a_young_lock_that_no_process_holds_is_named_at_once_and_waited_for(build, lock, capfd, monkeypatch):
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            lock.unlink()
+
+    monkeypatch.setattr(zero.time, "sleep", sleep)
+    assert build() == ["cpu_adam"] and sum(waited) < 10
+    said = capfd.readouterr().out
+    assert said.count(f"waiting for {lock}, which no process here holds; if no other host is building, delete it") == 1
+
+
+def test_a_lock_that_is_held_open_is_left_to_the_one_who_builds(build, lock, capfd):
+    make_old(lock)
+    with lock.open():
         assert build() == ["cpu_adam"]
+    assert lock.exists() and f"{lock}," not in capfd.readouterr().out
+
+
+def test_a_lock_that_a_killed_process_held_is_held_no_more(build, lock, capfd):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"f = open({str(lock)!r}); print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    make_old(lock)
+    build()
+    assert lock.exists()
+    holder.kill()
+    holder.wait()
+    build()
+    assert not lock.exists()
