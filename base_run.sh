@@ -17,6 +17,9 @@ set_up "$here/requirements.txt"
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
 
+# Threads that wait for work sleep: else, on a busy machine, they keep the cores from those that they wait for.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+
 # On a CPU, huge pages for PyTorch's big tensors: fewer page faults.
 export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 

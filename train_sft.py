@@ -11,6 +11,9 @@ import difflib
 from functools import partial
 from pathlib import Path
 
+from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
+
+# isort: split
 import torch
 from peft import PeftModel
 from transformers import (
@@ -32,7 +35,6 @@ from sft.data.streaming import StreamedSequences
 from sft.model import lora, neftune, patch
 from sft.model.load import check_ids, load_config, load_model, load_tokenizer, locate
 from sft.plan import plan
-from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
 from sft.training import arguments, disk, resume, summary, zero
 from sft.training.arguments import DataArguments, ModelArguments, PlanArguments, TrainingArguments
 from sft.training.model_card import model_card

@@ -8,4 +8,10 @@
 A room may import those above it in this list, never one beside it.
 """
 
+import os
+
+# Threads that wait for work would else spin, and on a busy machine keep the cores from those that they wait for.
+# OpenMP reads this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 IGNORE_INDEX = -100  # the label of a token that is not trained; PyTorch's and transformers' own

@@ -51,9 +51,9 @@ class ChatModel:
         if (adapter := load_adapter(checkpoint, chosen)) is not None:
             model, tokenizer = adapter
         else:
-            load_config(checkpoint)
-            model, tokenizer = load_model(checkpoint, chosen), load_tokenizer(checkpoint)
-        check_ids(tokenizer, model.config, checkpoint)
+            config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
+            check_ids(tokenizer, config, checkpoint)
+            model = load_model(checkpoint, chosen)
         if quantization != "int8":
             return cls(model.to(device), tokenizer)
         chat = cls(quantize(model.to(device)), tokenizer)

@@ -192,7 +192,7 @@ def load_adapter(
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         located = locate(base, cache_dir)
-        load_config(located, cache_dir)
+        config = load_config(located, cache_dir)
     except Exception as error:
         raise UserError(
             f"{folder} is a LoRA adapter whose base model cannot be found: {one_line(error)}; write the path of the "
@@ -200,6 +200,7 @@ def load_adapter(
         ) from None
     has_tokenizer = (Path(folder) / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else located, cache_dir=cache_dir)
+    check_ids(tokenizer, config, base)
     model = load_model(located, dtype, cache_dir)
     try:
         return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True), tokenizer

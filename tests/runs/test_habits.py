@@ -124,3 +124,67 @@ def test_the_first_falcons_are_told_a_command_that_works(train, make_model, tmp_
     subprocess.run(command, shell=True, check=True, cwd=base)
     result = train(base)
     assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def with_tokenizer(base: Path, folder: Path, change: Callable[[dict, dict], None]) -> Path:
+    """Copy a model with another tokenizer: `change` is given tokenizer.json and tokenizer_config.json."""
+    shutil.copytree(base, folder)
+    files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    change(*contents)
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def add_token(name: str, is_eos: bool) -> Callable[[dict, dict], None]:
+    def change(tokenizer: dict, config: dict) -> None:
+        token = {"id": 1024, "content": name, "special": is_eos}
+        token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append(token)
+        config.pop("added_tokens_decoder", None)
+        if is_eos:
+            config["eos_token"] = name
+
+    return change
+
+
+def without_eos(tokenizer: dict, config: dict) -> None:
+    config["eos_token"] = ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (add_token("<|终|>", is_eos=True), "has the token '<|终|>' with the id 1,024"),
+        (add_token("新词", is_eos=False), "has the token '新词' with the id 1,024"),
+        (without_eos, "has no eos token"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_any_row_is_read(
+    train, run, make_model, tmp_path, change, said
+):
+    model = with_tokenizer(make_model("bloom-tiny"), tmp_path / "model", change)
+    asking = run("-m", "sft.chat", model, input="新词？\n")
+    for result in (train(model, "--check_data", "True"), train(model), asking):
+        assert result.returncode == 2 and said in result.stderr
+        assert [line.startswith("error: ") for line in result.stderr.splitlines()] == [True], result.stderr
+    assert not list((tmp_path / "run").glob("data_report*"))
+
+
+# ------------------------------------------------------------------------------------------------------- busy machines
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, False), ({"OMP_WAIT_POLICY": "ACTIVE"}, True)])
+def test_threads_that_wait_sleep_unless_the_user_lets_them_spin(given, spins):
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    settings |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
+    command = [sys.executable, "train_sft.py", "--help"]
+    result = subprocess.run(command, cwd=PROJECT, env=settings, capture_output=True, text=True)
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)  # once for each copy of OpenMP
+    if not counts:
+        pytest.skip("PyTorch has no GNU OpenMP here")
+    assert {int(count) > 0 for count in counts} == {spins}

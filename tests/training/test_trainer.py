@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import train_sft
+from sft.model import neftune
 from sft.program import WastedRunError
 from sft.training import callbacks, checkpoints
 from sft.training.callbacks import MAX_SKIPPED_STEPS, Watch, what_is_wasted
@@ -181,3 +184,16 @@ def test_each_epoch_has_an_order_of_its_own(train, tmp_path):
     losses = [round(entry["loss"], 4) for entry in history if "loss" in entry]
     first, second = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     assert len(first) == len(second) and first != second
+
+
+def test_the_noise_of_transformers_own_is_not_added_to_ours(make_model, cache_dir, tmp_path, monkeypatch):
+    """Train in this process, where what transformers would do can be caught."""
+    monkeypatch.setattr("transformers.trainer.activate_neftune", lambda *given: pytest.fail("added by transformers"))
+    installed, install = [], neftune.install
+    monkeypatch.setattr(neftune, "install", lambda model, alpha: installed.append(alpha) or install(model, alpha))
+    flags = {"--model_name_or_path": make_model("bloom-tiny"), "--data_path": SAMPLE / "own_with_input.json"}
+    flags |= {"--output_dir": tmp_path, "--cache_dir": cache_dir, "--neftune_noise_alpha": 5, "--max_steps": 1}
+    flags |= {"--save_strategy": "no", "--use_cpu": True}
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *(str(word) for flag in flags.items() for word in flag)])
+    train_sft.main()
+    assert installed == [5.0]
