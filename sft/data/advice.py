@@ -34,7 +34,7 @@ def lacks(record: dict, layout: Layout, role: str, columns: Columns) -> RefusedE
     if turns and not layout.keys:
         is_empty = not has_value(record[turns[0]], turns[0], columns)
         return RefusedError(f'the "{turns[0]}" is {"empty" if is_empty else "not a list of turns"}')
-    if rows := not layout.keys and _rows_within(record, columns):
+    if rows := _rows_within(record, layout, columns):
         return rows
     return RefusedError(_missing(layout, keys, role, columns))
 
@@ -44,31 +44,33 @@ def _may_be(role: str, key: str, value: object) -> bool:
     return isinstance(value, str) and (is_like(role, key) or (role == "output" and name_of(key) == "label"))
 
 
-def _rows_within(record: dict, columns: Columns) -> RefusedError | None:
+def _rows_within(record: dict, layout: Layout, columns: Columns) -> RefusedError | None:
     """Return what to do with rows that stand within a record, under one key or each under its own."""
     for key, value in record.items():
-        if isinstance(value, list) and value and _is_row(value[0], columns):
+        if isinstance(value, list) and _are_rows(value, layout, columns):
             write = f"jq -c '.[{json.dumps(key, ensure_ascii=False)}][]' FILE > rows.jsonl"
             return RefusedError(
                 f'rows stand under "{quoted([key])[1:-1]}"; to write each as a line of its own, type {write}'
             )
-    if len(record) > 1 and all(_is_row(value, columns) for value in record.values()):
+    if not layout.keys and _are_rows(list(record.values()), layout, columns):
         return RefusedError(
-            f"each row stands under a key of its own ({quoted(list(record)[:3])}, ...); to write each as a line of its "
+            f"each row stands under a key of its own ({quoted(list(record)[:2])}, ...); to write each as a line of its "
             "own, type jq -c '.[]' FILE > rows.jsonl"
         )
     return None
 
 
-def _is_row(value: object, columns: Columns) -> bool:
-    """Tell whether a value is an object with a question and an answer, or with turns."""
-    if not isinstance(value, dict) or speaks(value):
+def _are_rows(values: list, layout: Layout, columns: Columns) -> bool:
+    """Tell whether values are rows: readable ones, or, in a record without roles, objects of the same keys."""
+    if len(values) < 2 or not all(isinstance(each, dict) and each and not speaks(each) for each in values):
         return False
+    if not layout.keys and len(values) > 2 and all(each.keys() == values[0].keys() for each in values):
+        return True
     try:
-        layout = layout_of(tuple(key for key, each in value.items() if has_value(each, key, columns)), columns)
+        own = layout_of(tuple(key for key, each in values[0].items() if has_value(each, key, columns)), columns)
     except ColumnsError:
         return False
-    return bool(layout.messages or (layout.instruction and layout.output))
+    return bool(own.messages or (own.instruction and own.output))
 
 
 def without_reply(error: RefusedError, layout: Layout, columns: Columns) -> RefusedError:

@@ -78,6 +78,14 @@ def test_rows_within_an_object_are_told_in_one_sentence_whose_command_works(
         assert [(each.instruction, each.output) for each in samples] == [tuple(row.values()) for row in ROWS]
 
 
+def test_rows_of_unknown_keys_and_rows_below_a_prompt_of_all_are_told_too():
+    told = refusal({str(number): {"origin": "甲", "prediction": "乙"} for number in range(4)})
+    assert told.startswith('each row stands under a key of its own ("0", "1", ...)')
+    assert refusal({"loss": [{"x": 1, "y": 2}] * 3}).startswith('rows stand under "loss"')
+    assert refusal({"prompt": "请答题。", "example": ROWS}).startswith('rows stand under "example"')
+    assert refusal({"prompt": "请答题。", "sides": [{"x": 1}] * 3}).startswith("no output found")
+
+
 def test_an_object_whose_lists_are_no_rows_is_not_said_to_hold_some():
     for record in ({"stats": [{"loss": 1.5}], "config": {"lr": 1}}, {"b": {"x": 1}, "c": {"d": 2}}, {"xs": [{}]}):
         assert "no instruction and no output found" in refusal(record)
