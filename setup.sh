@@ -38,7 +38,7 @@ set_up() {
             return 0
         fi
     done
-    echo "installing what requirements.txt pins into $here/.venv (a few minutes, once)"
+    echo "installing what requirements.txt pins into $here/.venv: once, some minutes, about 5 GB of disk (2 GB with PyTorch's CPU build)"
     [ -x "$here/.venv/bin/python" ] || "$active" -m venv "$here/.venv" || {
         echo "error: $active cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 2
