@@ -29,7 +29,7 @@ from sft.data.packing import PackedSequences
 from sft.data.report import NOTES, DataReport, print_data, write_data_report
 from sft.data.sequences import SampleSequences, Sequences
 from sft.data.streaming import StreamedSequences
-from sft.model import lora, patch
+from sft.model import lora, patch, quantized
 from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.plan import plan
 from sft.program import OneLineErrors, OneRankError, UserError, one_line, run_program
@@ -179,6 +179,7 @@ def main() -> None:
     with disk.claimed(training_args):
         location = locate(model_args.model_name_or_path, training_args.cache_dir)
         config = load_config(location, training_args.cache_dir)
+        quantized.check_trainable(model_args.model_name_or_path, config)
         run = plan.Run(model_args, data_args, plan_args, training_args, config)
         if plan_args.plan:
             print(plan.show(run))

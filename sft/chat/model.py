@@ -11,6 +11,7 @@ from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.data.formats import Sample
+from sft.model import quantized
 from sft.model.int8 import quantize
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
@@ -51,8 +52,9 @@ class ChatModel:
         if (adapter := load_adapter(checkpoint, chosen)) is not None:
             model, tokenizer = adapter
         else:
-            load_config(checkpoint)
-            model, tokenizer = load_model(checkpoint, chosen), load_tokenizer(checkpoint)
+            config = load_config(checkpoint)
+            with quantized.explained(checkpoint, config):
+                model, tokenizer = load_model(checkpoint, chosen).to(device), load_tokenizer(checkpoint)
         if quantization != "int8":
             return cls(model.to(device), tokenizer)
         chat = cls(quantize(model.to(device)), tokenizer)

@@ -190,6 +190,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         flags.check_each(self)
+        self.fsdp = None  # transformers takes the word "False" for an option
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:

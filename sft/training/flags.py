@@ -10,6 +10,7 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from transformers.debug_utils import DebugOption
@@ -80,10 +81,9 @@ OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_stati
 JSON_FLAGS = (
     *("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"),
 )
-OF_CHECKPOINT = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 KEYS = {
     "accelerator_config": ("non_blocking",),
-    **dict.fromkeys(JSON_FLAGS[1:3], ("every_n_layers", "offload", *OF_CHECKPOINT)),
+    **dict.fromkeys(JSON_FLAGS[1:3], ("every_n_layers", "offload", "use_reentrant", "preserve_rng_state")),
 }
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LOSSES = ("loss", "eval_loss", "perplexity", "eval_perplexity")
@@ -147,6 +147,8 @@ def _check_json(args: transformers.TrainingArguments) -> None:
         own = settings.keys() - KEYS[name] if name in KEYS else ()
         if unknown := sorted(own):
             raise UserError(f"--{name} has {unknown[0]}; expected {', '.join(KEYS[name])}, the rest is decided here")
+        if settings.get("offload") and not torch.accelerator.is_available():
+            raise UserError(f"--{name} offloads activations, which are on the host already; leave offload out")
 
 
 def _check_precision(args: transformers.TrainingArguments) -> None:
@@ -227,6 +229,4 @@ def _check_trackers(args: transformers.TrainingArguments) -> None:
             raise UserError(f"--report_to {name} is not installed; pip install it, or use: {installed}")
     given = [name for name in OF_TRACKIO if _is_given(args, name)]
     if given and "trackio" not in args.report_to:
-        raise UserError(
-            f"--{given[0]} is for trackio, which is not asked for; add --report_to trackio, or leave it out"
-        )
+        raise UserError(f"--{given[0]} is for trackio alone; add --report_to trackio, or leave it out")

@@ -12,7 +12,7 @@ from transformers.trainer_optimizer import _parse_optim_args
 from sft.program import UserError, one_line
 
 BITSANDBYTES = "bitsandbytes==0.50.2"
-IN_BITSANDBYTES = ("bnb", "paged_", "lion", "ademamix", "adamw_8bit")
+IN_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
 # Optimizers in a package of their own: what their names begin with, how it is imported, and how it is installed.
 PACKAGES = {
     "galore_": ("galore_torch", "galore-torch"),
@@ -27,9 +27,13 @@ REFUSED = {
     "adamw_torch_xla": "is for TPUs, on which nothing runs here; type --optim adamw_torch_fused",
     "adamw_torch_npu_fused": "is for Ascend's processors alone; type --optim adamw_torch",
     "adamw_anyprecision": "needs torchdistx, which is no longer made; type --optim adamw_torch_fused",
-    "lomo": "changes weights within the backward, before gradients are clipped; type --optim adafactor to save memory",
-    "adalomo": "changes weights within the backward, before gradients are clipped; type --optim adafactor to save "
-    "memory",
+    **dict.fromkeys(
+        (
+            *("lomo", "adalomo", "apollo_adamw_layerwise", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise"),
+            "galore_adafactor_layerwise",
+        ),
+        "updates weights within the backward, before gradients are clipped; type --optim adafactor to save memory",
+    ),
 }
 LOW_RANK = ("galore_", "apollo_")
 OF_BOTH = "rank update_proj_gap scale proj_type"
@@ -38,6 +42,7 @@ OF_ADEMAMIX = "alpha beta1 beta2 beta3 eps t_alpha t_beta3"
 SETTINGS = {
     "sgd": "momentum dampening weight_decay nesterov",
     "adagrad": "lr_decay weight_decay eps",
+    "rmsprop_bnb": "",
     "rmsprop": "momentum alpha eps weight_decay centered",
     "ademamix": OF_ADEMAMIX,
     "paged_ademamix": OF_ADEMAMIX,
@@ -47,6 +52,7 @@ SETTINGS = {
     "schedule_free_": "weight_lr_power r",
     "stable_adamw": "max_lr kahan_sum decouple_lr",
 }
+WORDS = ("nesterov", "centered", "proj", "proj_type", "scale_type", "kahan_sum", "decouple_lr")  # all else is numbers
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 # What a scheduler may be told by --lr_scheduler_kwargs, as an example; the others are told nothing.
 EXAMPLES = {
@@ -68,13 +74,14 @@ def check_optimizer(args: transformers.TrainingArguments) -> None:
     name = getattr(args.optim, "value", args.optim)
     if name in REFUSED:
         raise UserError(f"--optim {name} {REFUSED[name]}")
-    if any(part in name for part in IN_BITSANDBYTES):
-        check_bitsandbytes(f"--optim {name}")
-        if args.device.type == "cpu" and (name.startswith("paged_") or name == "rmsprop_bnb"):
-            raise UserError(f"--optim {name} needs a GPU; type --optim adamw_torch_fused")
     for beginning, (module, package) in PACKAGES.items():
         if name.startswith(beginning) and not find_spec(module):
             raise UserError(f"--optim {name} needs {package}; type pip install {package}, or --optim adafactor")
+    if name.startswith((*IN_BITSANDBYTES, *LOW_RANK)):  # the packages of the latter import it
+        check_bitsandbytes(f"--optim {name}")
+    if name.startswith("paged_") or name == "galore_adamw_8bit":
+        if args.device.type == "cpu":
+            raise UserError(f"--optim {name} needs a GPU; type --optim adamw_torch_fused")
     if name.startswith(LOW_RANK) and not args.optim_target_modules:
         raise UserError(f"--optim {name} needs the layers that it is for; add --optim_target_modules all-linear")
     if args.optim_target_modules and not name.startswith(LOW_RANK):
@@ -90,12 +97,13 @@ def _check_settings(name: str, given: str | None) -> None:
         raise UserError(f"--optim_args {given} has no effect on --optim {name}; leave it out")
     try:
         settings = _parse_optim_args(given)
+        [float(value) for key, value in settings.items() if key not in WORDS]
     except ValueError:
-        settings = {f"{given} without a value": ""}
-    if unknown := settings.keys() - allowed.split():
+        settings = {}
+    if not settings or settings.keys() - allowed.split():
         raise UserError(
-            f"--optim_args {given}: {sorted(unknown)[0]} is no setting of {name}; type NAME=VALUE,NAME=VALUE with "
-            f"names among {allowed.replace(' ', ', ')}"
+            f"--optim_args {given} cannot be used with --optim {name}; type NAME=VALUE,NAME=VALUE with names "
+            f"among {allowed.replace(' ', ', ')}"
         )
 
 
