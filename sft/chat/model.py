@@ -48,17 +48,20 @@ class ChatModel:
         chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
         if quantization == "int8":
             chosen = torch.float32
+
+        def ready(model: PreTrainedModel) -> PreTrainedModel:
+            return quantize(model.to(device)) if quantization == "int8" else model.to(device)
+
         checkpoint = locate(checkpoint)
         if (adapter := load_adapter(checkpoint, chosen)) is not None:
-            model, tokenizer = adapter
+            model, tokenizer = ready(adapter[0]), adapter[1]
         else:
             config = load_config(checkpoint)
-            with quantized.explained(checkpoint, config):
-                model, tokenizer = load_model(checkpoint, chosen).to(device), load_tokenizer(checkpoint)
-        if quantization != "int8":
-            return cls(model.to(device), tokenizer)
-        chat = cls(quantize(model.to(device)), tokenizer)
-        chat.weights = "int8"
+            model = quantized.load(checkpoint, config, lambda: ready(load_model(checkpoint, chosen)))
+            tokenizer = load_tokenizer(checkpoint)
+        chat = cls(model, tokenizer)
+        if quantization == "int8":
+            chat.weights = "int8"
         return chat
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
 """Models whose weights were stored quantized, such as GPTQ's, AWQ's and those of bitsandbytes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PretrainedConfig
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.program import UserError, one_line
 
@@ -38,20 +38,25 @@ def check_trainable(name_or_path: str, config: PretrainedConfig) -> None:
         )
 
 
-@contextmanager
-def explained(name_or_path: str, config: PretrainedConfig) -> Iterator[None]:
-    """Turn what fails while quantized weights are loaded into a UserError that says what to load instead."""
-    method = method_of(name_or_path, config)
+def load(name_or_path: str, config: PretrainedConfig, loaded: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Return the model that `loaded` returns; a quantized one must also compute, which its kernels may not do here.
+
+    Raises UserError, with what to load instead, if quantized weights cannot be used.
+    """
+    if (method := method_of(name_or_path, config)) is None:
+        return loaded()
     try:
-        yield
+        model = loaded()
+        with torch.inference_mode():
+            for length in (2, 1):  # a prompt and a word after it take different kernels
+                model(torch.zeros(1, length, dtype=torch.int64, device=model.device))
     except Exception as error:
-        if method is None:
-            raise
         reason = one_line(error).removeprefix(f"the weights of {name_or_path} cannot be loaded: ").rstrip(". ")
         raise UserError(
-            f"{name_or_path} holds {method} weights, which cannot be loaded here: {reason}; give the model that they "
+            f"{name_or_path} holds {method} weights, which cannot be used here: {reason}; give the model that they "
             f"were made from, {_such_as(config)}; --quantize int8 makes it small on a CPU"
         ) from None
+    return model
 
 
 def _such_as(config: PretrainedConfig) -> str:

@@ -79,9 +79,8 @@ def check_optimizer(args: transformers.TrainingArguments) -> None:
             raise UserError(f"--optim {name} needs {package}; type pip install {package}, or --optim adafactor")
     if name.startswith((*IN_BITSANDBYTES, *LOW_RANK)):  # the packages of the latter import it
         check_bitsandbytes(f"--optim {name}")
-    if name.startswith("paged_") or name == "galore_adamw_8bit":
-        if args.device.type == "cpu":
-            raise UserError(f"--optim {name} needs a GPU; type --optim adamw_torch_fused")
+    if (name.startswith("paged_") or name == "galore_adamw_8bit") and args.device.type == "cpu":
+        raise UserError(f"--optim {name} needs a GPU; type --optim adamw_torch_fused")
     if name.startswith(LOW_RANK) and not args.optim_target_modules:
         raise UserError(f"--optim {name} needs the layers that it is for; add --optim_target_modules all-linear")
     if args.optim_target_modules and not name.startswith(LOW_RANK):
