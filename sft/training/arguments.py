@@ -193,7 +193,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.fsdp = None  # transformers takes the word "False" for an option
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
-        if self.metric_for_best_model is not None:
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = False  # transformers would take a perplexity for better if it is greater
         device = machine.accelerator(self.use_cpu)
         pins_memory = machine.has_own_memory(device)
@@ -235,7 +235,7 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def optimizer_name(self) -> str:
         """Return --optim as it was typed."""
-        return getattr(self.optim, "value", self.optim)
+        return flags.name_of(self.optim)
 
     @property
     def ranks_per_host(self) -> int:

@@ -89,6 +89,11 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 LOSSES = ("loss", "eval_loss", "perplexity", "eval_perplexity")
 
 
+def name_of(choice: str) -> str:
+    """Return a choice as it is typed; transformers makes a member of an enum of it."""
+    return getattr(choice, "value", choice)
+
+
 def check_each(args: transformers.TrainingArguments) -> None:
     """Raise UserError on a flag that does not do here what it says, or whose value cannot be used."""
     for name, reason in REFUSED.items():
@@ -170,17 +175,14 @@ def _check_best(args: transformers.TrainingArguments) -> None:
     metric = args.metric_for_best_model
     if metric and metric not in LOSSES:
         raise UserError(f"--metric_for_best_model {metric} is not measured here; type loss or perplexity")
-    if args.greater_is_better:
-        raise UserError("--greater_is_better True would keep the worst: loss and perplexity fall; leave it out")
-    save, evaluate = (getattr(each, "value", each) for each in (args.save_strategy, args.eval_strategy))
+    save, evaluate = name_of(args.save_strategy), name_of(args.eval_strategy)
     if args.load_best_model_at_end and save != "best" and (save == "no" or save != evaluate):
         raise UserError(
             f"--load_best_model_at_end needs an evaluation at each checkpoint, and there is --eval_strategy {evaluate} "
             f"with --save_strategy {save}; type --eval_strategy steps --save_strategy steps"
         )
     if evaluate == "no" and (save == "best" or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")):
-        schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        flag = "--save_strategy best" if save == "best" else f"--lr_scheduler_type {schedule}"
+        flag = "--save_strategy best" if save == "best" else f"--lr_scheduler_type {name_of(args.lr_scheduler_type)}"
         raise UserError(f"{flag} needs a held-out loss; add --eval_strategy epoch --eval_fraction 0.05")
 
 
@@ -203,7 +205,7 @@ def check_together(args: transformers.TrainingArguments, holds_out: bool) -> Non
 
 
 def _check_evaluation(args: transformers.TrainingArguments, holds_out: bool) -> None:
-    strategy = args.eval_strategy.value
+    strategy = name_of(args.eval_strategy)
     if not holds_out:
         asked = {
             f"--eval_strategy {strategy}": strategy != "no",

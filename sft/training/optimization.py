@@ -10,6 +10,7 @@ from transformers import get_scheduler
 from transformers.trainer_optimizer import _parse_optim_args
 
 from sft.program import UserError, one_line
+from sft.training.flags import name_of
 
 BITSANDBYTES = "bitsandbytes==0.50.2"
 IN_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
@@ -71,7 +72,7 @@ MANY_STEPS = 1_000_000  # of a run whose rows are not counted yet
 
 def check_optimizer(args: transformers.TrainingArguments) -> None:
     """Raise UserError if --optim is not there, or --optim_args and --optim_target_modules do not fit it."""
-    name = getattr(args.optim, "value", args.optim)
+    name = name_of(args.optim)
     if name in REFUSED:
         raise UserError(f"--optim {name} {REFUSED[name]}")
     for beginning, (module, package) in PACKAGES.items():
@@ -113,8 +114,10 @@ def check_bitsandbytes(flag: str) -> None:
 
 
 def check_schedule(args: transformers.TrainingArguments, num_steps: int | None = None) -> None:
-    """Raise UserError if the learning rate cannot be scheduled over so many steps; None is not known yet."""
-    name, kwargs = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    """Raise UserError if the learning rate cannot be scheduled over so many steps, by default those of --max_steps."""
+    if num_steps is None and args.max_steps > 0:
+        num_steps = args.max_steps
+    name, kwargs = name_of(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     if num_steps is not None and args.warmup_steps > num_steps:
         raise UserError(
             f"--warmup_steps {args.warmup_steps:g} is beyond the last step, {num_steps:,}, so --learning_rate would "
@@ -128,7 +131,7 @@ def check_schedule(args: transformers.TrainingArguments, num_steps: int | None =
     # This scheduler's own least rate is far above what fine-tuning uses, and would become the rate.
     if name == "greedy" and kwargs.get("min_lr", 1e-3) > args.learning_rate:
         raise UserError(_cannot(args, "its least rate, min_lr, is above --learning_rate"))
-    steps = num_steps or (args.max_steps if args.max_steps > 0 else MANY_STEPS)
+    steps = num_steps or MANY_STEPS
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         schedule = get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, dict(kwargs))
@@ -141,7 +144,7 @@ def check_schedule(args: transformers.TrainingArguments, num_steps: int | None =
 
 
 def _cannot(args: transformers.TrainingArguments, reason: str) -> str:
-    name = args.lr_scheduler_type.value
+    name = name_of(args.lr_scheduler_type)
     given = f" --lr_scheduler_kwargs {json.dumps(args.lr_scheduler_kwargs)}" if args.lr_scheduler_kwargs else ""
     example = f"type, for example, --lr_scheduler_kwargs '{json.dumps(EXAMPLES.get(name, {}))}'"
     return f"--lr_scheduler_type {name}{given} cannot be used: {reason}; {example}"
