@@ -199,9 +199,26 @@ def check_together(args: transformers.TrainingArguments, holds_out: bool) -> Non
     """Raise UserError on a flag that needs another one, held-out rows, or what is not installed here."""
     _check_evaluation(args, holds_out)
     _check_trackers(args)
+    _check_launcher(args)
     of_workers = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
     if not args.dataloader_num_workers and (given := [name for name in of_workers if getattr(args, name)]):
         raise UserError(f"--{given[0]} is for processes that build batches; add --dataloader_num_workers 2")
+
+
+def _check_launcher(args: transformers.TrainingArguments) -> None:
+    """Raise UserError if accelerate's launcher was told what flags do not say: it tells the Trainer alone."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(f"FSDP, which accelerate launch asks for, {ZERO_3}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and not args.deepspeed:
+        raise UserError(
+            "accelerate launch asks for DeepSpeed; add --deepspeed ds_zero2_config.json, or type sh ds_all.sh"
+        )
+    launched, own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "bf16" if args.bf16 else "fp16"
+    if launched != "no" and (launched != own or not (args.bf16 or args.fp16)):
+        raise UserError(
+            f"accelerate launch asks for --mixed_precision {launched}, and these flags do not; leave it out there, and "
+            "type --bf16 True or --fp16 True here"
+        )
 
 
 def _check_evaluation(args: transformers.TrainingArguments, holds_out: bool) -> None:

@@ -21,12 +21,12 @@ PACKAGES = {
     "grokadamw": ("grokadamw", "grokadamw"),
     "schedule_free_": ("schedulefree", "schedulefree"),
     "stable_adamw": ("optimi", "torch-optimi"),
+    "adamw_torch_npu_fused": ("torch_npu", "torch_npu"),
 }
 REFUSED = {
     "adamw_torch_4bit": "needs torchao, which peft does not support here; type --optim adamw_bnb_8bit",
     "adamw_torch_8bit": "needs torchao, which peft does not support here; type --optim adamw_bnb_8bit",
     "adamw_torch_xla": "is for TPUs, on which nothing runs here; type --optim adamw_torch_fused",
-    "adamw_torch_npu_fused": "is for Ascend's processors alone; type --optim adamw_torch",
     "adamw_anyprecision": "needs torchdistx, which is no longer made; type --optim adamw_torch_fused",
     **dict.fromkeys(
         (
@@ -128,11 +128,10 @@ def check_schedule(args: transformers.TrainingArguments, num_steps: int | None =
         raise UserError(f"--lr_scheduler_type {name} has no warmup, and there is --warmup_steps; {other}")
     if kwargs and name not in EXAMPLES:
         raise UserError(f"--lr_scheduler_kwargs has no effect on --lr_scheduler_type {name}; leave it out")
-    # This scheduler's own least rate is far above what fine-tuning uses, and would become the rate.
-    if name == "greedy" and kwargs.get("min_lr", 1e-3) > args.learning_rate:
-        raise UserError(_cannot(args, "its least rate, min_lr, is above --learning_rate"))
     steps = num_steps or MANY_STEPS
     try:
+        if name == "greedy" and kwargs.get("min_lr", 1e-3) > args.learning_rate:  # this default would become the rate
+            raise ValueError("its least rate, min_lr, is above --learning_rate")
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         schedule = get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, dict(kwargs))
         for rate in getattr(schedule, "lr_lambdas", ()):

@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "--optim adamw_torch_4bit": "type --optim adamw_bnb_8bit",
     "--optim adamw_torch_8bit": "type --optim adamw_bnb_8bit",
     "--optim adamw_torch_xla": "is for TPUs, on which nothing runs here; type --optim adamw_torch_fused",
-    "--optim adamw_torch_npu_fused": "type --optim adamw_torch",
+    "--optim adamw_torch_npu_fused": "needs torch_npu; type pip install torch_npu",
     "--optim adamw_anyprecision": "type --optim adamw_torch_fused",
     "--optim lomo": "type --optim adafactor",
     "--optim adalomo": "type --optim adafactor",

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from sft.program import UserError
 from sft.training import arguments, flags, optimization
 from support.flag_table import TABLE, WORKS, WORKS_ALONE
+from support.project import PROJECT
 
 CASES = [(words, says) for cases in TABLE.values() for words, says in cases.items()]
 ENUMS = {
@@ -78,3 +79,32 @@ def test_less_perplexity_is_better(monkeypatch: pytest.MonkeyPatch, tmp_path):
     best = {"save_strategy": "best", "eval_strategy": "epoch"}
     args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **best)
     assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
+
+
+LAUNCHED = {  # what accelerate's launcher puts into the environment
+    "ACCELERATE_USE_FSDP=true": "type ZERO_STAGE=3 sh ds_all.sh",
+    "ACCELERATE_USE_DEEPSPEED=true": "add --deepspeed ds_zero2_config.json",
+    "ACCELERATE_MIXED_PRECISION=bf16": "type --bf16 True or --fp16 True here",
+    "ACCELERATE_MIXED_PRECISION=no": WORKS,
+}
+
+
+@pytest.mark.parametrize("setting", LAUNCHED)
+def test_what_a_launcher_was_told_is_not_half_done(setting: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(*setting.split("="))
+    if LAUNCHED[setting] == WORKS:
+        settle("", monkeypatch)
+        return
+    with pytest.raises(UserError, match=LAUNCHED[setting]):
+        settle("", monkeypatch)
+
+
+def test_a_launcher_and_a_flag_may_ask_for_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    settle("--bf16 True --use_cpu True", monkeypatch)
+
+
+def test_offload_has_its_own_optimizer(monkeypatch: pytest.MonkeyPatch):
+    words = f"--use_cpu True --deepspeed {PROJECT / 'ds_zero2_config.json'} --offload optimizer --optim adafactor"
+    with pytest.raises(UserError, match="runs DeepSpeed's own AdamW, not --optim adafactor; leave --optim out"):
+        settle(words, monkeypatch)

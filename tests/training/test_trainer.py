@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
-from sft.program import WastedRunError
+from sft.program import UserError, WastedRunError
 from sft.training import callbacks, checkpoints
 from sft.training.callbacks import MAX_SKIPPED_STEPS, Watch, what_is_wasted
 from sft.training.disk import checkpoint_bytes, size_of
+from sft.training.trainer import Trainer
 from support.project import SAMPLE
 
 
@@ -181,3 +183,14 @@ def test_each_epoch_has_an_order_of_its_own(train, tmp_path):
     losses = [round(entry["loss"], 4) for entry in history if "loss" in entry]
     first, second = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     assert len(first) == len(second) and first != second
+
+
+def test_an_optimizer_that_cannot_be_made_is_one_line(monkeypatch):
+    def fail(self):
+        raise ValueError("No target modules found\nfor it")
+
+    trainer = object.__new__(Trainer)
+    trainer.args = SimpleNamespace(optimizer_name="galore_adamw")
+    monkeypatch.setattr(transformers.Trainer, "create_optimizer", fail)
+    with pytest.raises(UserError, match="--optim galore_adamw cannot be used: No target modules found; type --optim"):
+        trainer.create_optimizer()
