@@ -44,7 +44,7 @@ demo() {
         --per_device_train_batch_size 8 \
         --learning_rate 2e-3 \
         --lr_scheduler_type cosine \
-        --warmup_steps 30 \
+        --warmup_steps 0.05 \
         --logging_steps 60 "$@"
     echo "== 4/4  three questions from the sample"
     "$PYTHON" -m sft.chat "$output" --recall "${output}_data" --rows 3

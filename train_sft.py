@@ -7,7 +7,7 @@ Run the same command again to resume from the newest complete checkpoint in --ou
 Derived from Stanford Alpaca's train.py by way of chinese_bloom (see README.md); Apache-2.0.
 """
 
-import difflib
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -32,21 +32,15 @@ from sft.data.packing import PackedSequences
 from sft.data.report import NOTES, DataReport, print_data, write_data_report
 from sft.data.sequences import SampleSequences, Sequences
 from sft.data.streaming import StreamedSequences
-from sft.model import lora, neftune, patch
+from sft.model import lora, neftune, patch, quantized
 from sft.model.load import check_ids, load_config, load_model, load_tokenizer, locate
 from sft.plan import plan
-from sft.training import arguments, disk, resume, summary, zero
+from sft.training import arguments, disk, optimization, other_names, resume, summary, zero
 from sft.training.arguments import DataArguments, ModelArguments, PlanArguments, TrainingArguments
 from sft.training.model_card import model_card
 from sft.training.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
-
-# Flags of Alpaca-style commands that transformers has since renamed.
-RENAMED_FLAGS = {
-    "--evaluation_strategy": "--eval_strategy",
-    "--warmup_ratio": "--warmup_steps with the ratio, such as 0.03",
-}
 
 
 class Parser(OneLineErrors, HfArgumentParser):
@@ -56,15 +50,10 @@ class Parser(OneLineErrors, HfArgumentParser):
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlanArguments, TrainingArguments]:
     """Read the command line; raise UserError on a flag or value that does not fit."""
     parser = Parser((ModelArguments, DataArguments, PlanArguments, TrainingArguments), allow_abbrev=False)
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"a flag cannot be used: {one_line(error)}") from None
+    other_names.check(sys.argv[1:], parser._option_string_actions)
+    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = [RENAMED_FLAGS[flag]] if flag in RENAMED_FLAGS else difflib.get_close_matches(flag, known, 1, 0.75)
-        raise UserError(f"unknown flag {flag}; {f'type {close[0]}' if close else '--help lists every flag'}")
+        raise UserError(f"{unknown[0]} belongs to no flag; put a value with spaces in quotes, or leave it out")
     return tuple(parsed)
 
 
@@ -194,6 +183,7 @@ def main() -> None:
     with disk.claimed(training_args):
         location = locate(model_args.model_name_or_path, training_args.cache_dir)
         config = load_config(location, training_args.cache_dir)
+        quantized.check_trainable(model_args.model_name_or_path, config)
         run = plan.Run(model_args, data_args, plan_args, training_args, config)
         if plan_args.plan:
             print(plan.show(run))
@@ -211,6 +201,7 @@ def main() -> None:
             training_args.turn_on_checkpointing()
         schedule = training_args.schedule(train_dataset.num_sequences)
         settings = resume.settings_of(model_args, training_args, train_dataset, config, schedule.num_steps)
+        optimization.check_schedule(training_args, schedule.num_steps)
         disk.check_shared(training_args)
         resumed = resume.find(training_args, settings, schedule.num_steps)
         if resume.has_ended(training_args, resumed, schedule.num_steps):

@@ -20,7 +20,7 @@ cd "$here"
 # Beside the other packages: its import takes seconds, which the tests without it should not pay.
 beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/bitsandbytes
 [ -d "$beside" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$beside" \
-    "$("$PYTHON" -c 'from sft.training.arguments import BITSANDBYTES; print(BITSANDBYTES)')" ||
+    "$("$PYTHON" -c 'from sft.training.optimization import BITSANDBYTES; print(BITSANDBYTES)')" ||
     echo "bitsandbytes cannot be installed: its tests are skipped" >&2
 # Triton too, to interpret the kernels of a GPU without one: PyTorch's CPU build should not find it elsewhere.
 triton_beside=$("$PYTHON" -c 'import sys; print(sys.prefix)')/triton

@@ -11,6 +11,7 @@ from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.data.formats import Sample
+from sft.model import quantized
 from sft.model.int8 import quantize
 from sft.model.load import check_ids, load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
@@ -47,17 +48,20 @@ class ChatModel:
         chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
         if quantization == "int8":
             chosen = torch.float32
+
+        def ready(model: PreTrainedModel) -> PreTrainedModel:
+            return quantize(model.to(device)) if quantization == "int8" else model.to(device)
+
         checkpoint = locate(checkpoint)
         if (adapter := load_adapter(checkpoint, chosen)) is not None:
-            model, tokenizer = adapter
+            model, tokenizer = ready(adapter[0]), adapter[1]
         else:
             config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
             check_ids(tokenizer, config, checkpoint)
-            model = load_model(checkpoint, chosen)
-        if quantization != "int8":
-            return cls(model.to(device), tokenizer)
-        chat = cls(quantize(model.to(device)), tokenizer)
-        chat.weights = "int8"
+            model = quantized.load(checkpoint, config, lambda: ready(load_model(checkpoint, chosen)))
+        chat = cls(model, tokenizer)
+        if quantization == "int8":
+            chat.weights = "int8"
         return chat
 
     def __str__(self) -> str:

@@ -6,27 +6,25 @@ The checks run before a model or a record is read: they find what would otherwis
 import math
 import os
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from transformers import IntervalStrategy
-from transformers.integrations import get_available_reporting_integrations
 
 from sft import machine
 from sft.data.columns import ROLES, SPEAKERS, Columns
 from sft.program import UserError
-from sft.training import zero
+from sft.training import flags, optimization, zero
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-BITSANDBYTES = "bitsandbytes==0.50.2"
 EXAMPLES_PER_BATCH = 8  # transformers' own default
 # torch and DeepSpeed start at 65,536, which overflows in the first steps and skips them.
 INITIAL_LOSS_SCALE = 2**12
+BARE = {"nargs": "?", "const": True}  # the flag without a value means True
 
 
 @dataclass
@@ -158,8 +156,8 @@ class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(kw_only=True, metadata={"help": "Where the fine-tuned model and its checkpoints go."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where hub files and tokenised data are kept."})
     model_max_length: int = field(default=2048, metadata={"help": "Tokens per sequence at most; longer rows are cut."})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; by default if the GPU has bf16."})
-    fp16: bool | None = field(default=None, metadata={"help": "fp16 autocast; by default if the GPU lacks bf16."})
+    bf16: bool | None = field(default=None, metadata={**BARE, "help": "bf16 autocast; by default if the GPU has bf16."})
+    fp16: bool | None = field(default=None, metadata={**BARE, "help": "fp16 autocast; by default if the GPU lacks it."})
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={
@@ -191,6 +189,12 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
+        flags.check_each(self)
+        self.fsdp = None  # transformers takes the word "False" for an option
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = False  # transformers would take a perplexity for better if it is greater
         device = machine.accelerator(self.use_cpu)
         pins_memory = machine.has_own_memory(device)
         if self.bf16 is None and self.fp16 is None:
@@ -208,7 +212,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and pins_memory
         if self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}  # waiting for a copy would empty the device's queue
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:  # of many kinds, from transformers and accelerate
+            raise UserError(f"a flag cannot be used: {' '.join(str(error).split())}") from None
         if self.n_gpu > 1:
             # Without a launcher the Trainer would split each batch over all visible GPUs by DataParallel.
             self._n_gpu = 1
@@ -228,7 +235,7 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def optimizer_name(self) -> str:
         """Return --optim as it was typed."""
-        return getattr(self.optim, "value", self.optim)
+        return flags.name_of(self.optim)
 
     @property
     def ranks_per_host(self) -> int:
@@ -280,8 +287,9 @@ def check(
     _check_output(model_args, training_args)
     _check_data(data_args, training_args)
     _check_lora(model_args, training_args)
-    _check_optimizer(training_args)
-    _check_trainer(training_args)
+    flags.check_together(training_args, data_args.holds_out)
+    optimization.check_optimizer(training_args)
+    optimization.check_schedule(training_args)
     _check_zero(training_args)
     _check_compiled_blocks(training_args)
     _check_ranks(training_args)
@@ -330,34 +338,7 @@ def _check_lora(model_args: ModelArguments, args: TrainingArguments) -> None:
     if model_args.load_in_4bit and args.zero_stage == 3:
         raise UserError("--load_in_4bit does not go with ZeRO-3, which cannot split such weights; type ZERO_STAGE=2")
     if model_args.load_in_4bit:
-        _check_bitsandbytes("--load_in_4bit")
-
-
-def _check_optimizer(args: TrainingArguments) -> None:
-    name = args.optimizer_name
-    if name.startswith(("adamw_torch_4bit", "adamw_torch_8bit")):
-        raise UserError(f"--optim {name} needs torchao, which peft does not support here; type --optim adamw_bnb_8bit")
-    if "bnb" in name or name.startswith("paged_") or name in ("adamw_8bit", "lion_8bit", "ademamix_8bit"):
-        _check_bitsandbytes(f"--optim {name}")
-
-
-def _check_bitsandbytes(flag: str) -> None:
-    if not find_spec("bitsandbytes"):
-        raise UserError(f"{flag} needs bitsandbytes; type pip install {BITSANDBYTES}")
-
-
-def _check_trainer(args: TrainingArguments) -> None:
-    """Raise UserError on transformers' own flags that do not do here what they say."""
-    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
-        installed = ", ".join(get_available_reporting_integrations()) or "none"
-        raise UserError(f"--report_to {', '.join(missing)} is not installed; pip install it, or use: {installed}")
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        strategy = args.train_sampling_strategy
-        raise UserError(f"--train_sampling_strategy {strategy} only reduces padding, and there is none; type random")
-    if args.save_on_each_node:
-        raise UserError("--save_on_each_node does not save all weights; leave it out, and share the output folder")
-    if args.enable_jit_checkpoint:
-        raise UserError("--enable_jit_checkpoint is built in: SIGTERM saves a checkpoint and stops; leave it out")
+        optimization.check_bitsandbytes("--load_in_4bit")
 
 
 def _check_zero(args: TrainingArguments) -> None:
@@ -368,6 +349,8 @@ def _check_zero(args: TrainingArguments) -> None:
         )
     if args.deepspeed and args.device.type not in ("cuda", "cpu"):
         raise UserError(f"--deepspeed runs here on CUDA GPUs and CPUs, not on {args.device.type}; leave it out")
+    if args.offload != "none" and args.optimizer_name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(f"--offload runs DeepSpeed's own AdamW, not --optim {args.optimizer_name}; leave --optim out")
     if args.deepspeed:
         tell = args.local_process_index == 0
         zero.check_machine(args.offload, args.offload_dir, on_the_cpu=args.device.type == "cpu", tell=tell)

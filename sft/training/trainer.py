@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sft.data.order import EpochOrder, EvenSequences
 from sft.model import lora, patch
-from sft.program import InterruptedRunError, UserError
+from sft.program import InterruptedRunError, UserError, one_line
 from sft.training import checkpoints, disk
 from sft.training.arguments import INITIAL_LOSS_SCALE, TrainingArguments
 from sft.training.callbacks import LeakCheck, Watch
@@ -94,6 +94,15 @@ class Trainer(transformers.Trainer):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam, {name: keywords[name] for name in ("lr", "betas", "eps")}
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Return the optimizer; raise UserError if it cannot be made for this model."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"--optim {self.args.optimizer_name} cannot be used: {one_line(error)}; type --optim adamw_torch_fused"
+            ) from None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate; `eval_loss` is in nats per labelled token, `eval_perplexity` its exponential."""

@@ -35,7 +35,7 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
     "value of the wrong type": (lambda t, m: {"--learning_rate": "fast"}, "--learning_rate"),
     "flags that contradict": (
         lambda t, m: {"--load_best_model_at_end": "True", "--save_steps": "3"},
-        "a flag cannot be used",
+        "type --eval_strategy steps --save_strategy steps",
     ),
     "folder without config.json": (lambda t, m: {"--model_name_or_path": t / "empty"}, "without config.json"),
     "model out of reach": (lambda t, m: {"--model_name_or_path": "nobody/nothing"}, "give the path of a downloaded"),
@@ -55,6 +55,16 @@ MISTAKES = {  # name: (flags that replace the good ones, what the line must say)
     "layers compiled and recomputed": (
         lambda t, m: {"--compile_blocks": "True", "--activation_checkpointing": "True"},
         "--compile_blocks does not go with --activation_checkpointing",
+    ),
+    "strategy without rows": (lambda t, m: {"--eval_strategy": "steps"}, "add --eval_data_path FILE or"),
+    "warmup beyond the end": (
+        lambda t, m: {"--warmup_steps": "999", "--max_steps": "20"},
+        "is beyond the last step, 20",
+    ),
+    "no epoch": (lambda t, m: {"--num_train_epochs": "0"}, "expected a number above 0"),
+    "names of another project": (
+        lambda t, m: {"--lora_rank": "8", "--stage": "sft"},
+        "--lora_rank (type --lora_r); --st",
     ),
     "missing flag": (lambda t, m: {"--data_path": None}, "--data_path"),
 }

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import train_sft
 from sft.model import neftune
-from sft.program import WastedRunError
+from sft.program import UserError, WastedRunError
 from sft.training import callbacks, checkpoints
 from sft.training.callbacks import MAX_SKIPPED_STEPS, Watch, what_is_wasted
 from sft.training.disk import checkpoint_bytes, size_of
+from sft.training.trainer import Trainer
 from support.project import SAMPLE
 
 
@@ -197,3 +199,14 @@ def test_the_noise_of_transformers_own_is_not_added_to_ours(make_model, cache_di
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *(str(word) for flag in flags.items() for word in flag)])
     train_sft.main()
     assert installed == [5.0]
+
+
+def test_an_optimizer_that_cannot_be_made_is_one_line(monkeypatch):
+    def fail(self):
+        raise ValueError("No target modules found\nfor it")
+
+    trainer = object.__new__(Trainer)
+    trainer.args = SimpleNamespace(optimizer_name="galore_adamw")
+    monkeypatch.setattr(transformers.Trainer, "create_optimizer", fail)
+    with pytest.raises(UserError, match="--optim galore_adamw cannot be used: No target modules found; type --optim"):
+        trainer.create_optimizer()
