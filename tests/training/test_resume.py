@@ -19,7 +19,7 @@ from sft.program import UserError
 from sft.tools.random_model import SHAPES
 from sft.training import checkpoints, resume
 from sft.training.arguments import ModelArguments, TrainingArguments
-from sft.training.resume import RunSettings, check_settings, find, has_ended, settings_of
+from sft.training.resume import RunSettings, check_settings, find, settings_of
 from support.project import PROJECT
 
 LENGTHS = [3, 5, 2, 4, 6, 3, 3]
@@ -386,27 +386,3 @@ def test_hosts_resume_from_the_newest_one_that_all_of_them_have(tmp_path, monkey
     monkeypatch.setattr(resume, "gather_object", lambda own: asked.append(own) or [*own, *of_others])
     assert find(arguments(tmp_path), SETTINGS, 100) == (tmp_path / f"checkpoint-{step}" if step else None)
     assert asked == [[[2, 4, 8]]]
-
-
-# ---------------------------------------------------------------------------------------------------------- at the end
-
-
-@pytest.mark.parametrize(
-    ("made", "weights", "step", "expected"),
-    [(24, True, 6, True), (30, True, 6, True), (23, True, 6, False), (24, False, 6, False), (24, True, 24, False)],
-)
-def test_a_run_has_ended_if_its_result_is_of_the_last_step(tmp_path, made, weights, step, expected):
-    folder = make_checkpoint(tmp_path, step)
-    (tmp_path / checkpoints.STATE).write_text(json.dumps({"global_step": made}))
-    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    if not weights:
-        (tmp_path / "model.safetensors").write_bytes(b"cut")
-    assert has_ended(arguments(tmp_path), folder, 24) is expected
-    assert not has_ended(arguments(tmp_path), None, 24)
-
-
-@pytest.mark.parametrize("state", ["", "[]", "{}", '{"global_step": null}'])
-def test_a_state_that_says_no_step_is_of_no_ended_run(tmp_path, state):
-    (tmp_path / checkpoints.STATE).write_text(state)
-    assert not has_ended(arguments(tmp_path), make_checkpoint(tmp_path, 6), 24)
-    assert not has_ended(arguments(tmp_path / "nowhere"), None, 24)
