@@ -125,9 +125,14 @@ def choose_device(device: str) -> str:
 
 def choose_num_threads(model: PreTrainedModel) -> int:
     """Return how many threads generate fastest: one for a small model on a CPU, else as many as PyTorch uses."""
+    is_small = model.device.type == "cpu" and num_weights(model) <= SMALL
+    return 1 if is_small else torch.get_num_threads()
+
+
+def num_weights(model: nn.Module) -> int:
+    """Count the weights that a model multiplies with at each token."""
     products = [each for each in model.modules() if isinstance(each, (nn.Linear, Int8Linear))]
-    num_weights = sum(each.in_features * each.out_features for each in products)
-    return 1 if model.device.type == "cpu" and num_weights <= SMALL else torch.get_num_threads()
+    return sum(each.in_features * each.out_features for each in products)
 
 
 class Threads:

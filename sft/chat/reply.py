@@ -75,16 +75,15 @@ class Reply:
 
     def _take(self, start: float) -> bool:
         """Take a token, and all that have come by now; tell whether the generation has ended."""
-        token, when = self._tokens.get()
-        while token is not None:
+        for _ in range(max(1, self._tokens.qsize())):
+            token, when = self._tokens.get()
+            if token is None:
+                return True
             if isinstance(token, BaseException):
                 raise token
             self.token_ids.append(token)
             self.seconds = when - start
-            if self._tokens.empty():
-                return False
-            token, when = self._tokens.get()
-        return True
+        return False
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
