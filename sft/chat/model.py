@@ -20,8 +20,9 @@ from sft.program import UserError, one_line
 from sft.prompts import split_system
 
 USUAL_LENGTH = 2048  # tokens of context, where neither tokenizer nor config says
-# Weights up to which a CPU generates with one thread: a product takes microseconds, and threads that share it wait for
-# each other after each, for milliseconds where a browser takes a core from one of them.
+# Weights up to which a CPU generates with one thread. Threads that share a product wait for each other after it, for
+# milliseconds where a browser takes a core from one of them, and below this size a product takes microseconds and one
+# thread writes faster than anyone reads.
 SMALL = 32_000_000
 
 

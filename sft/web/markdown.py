@@ -30,11 +30,12 @@ ENCODED = re.compile(r"[\x00-/:-@\[-`{-\x7f\ufdd0-\ufdef]")
 # What turns a character into Markdown, HTML or a formula.
 MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
 LANGUAGE = re.compile(r"[A-Za-z0-9_+#.-]*")
-URL = re.compile(r"https?://[\w.~:/?#@!$&'()*+,;=%-]*[\w/#=%-]", re.ASCII)
+URL = re.compile(r"(?<![\w(='\"])https?://[\w.~:/?#@!$&'()*+,;=%-]*[\w/#=%-]", re.ASCII)
 IDEOGRAPHS = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
 # An operator between two operands, and a name such as __init__.
 OPERATOR = re.compile(r"(?<=[0-9A-Za-z])\*\*?(?=[0-9A-Za-z])|(?<=[0-9A-Za-z)\]])\*(?=[0-9A-Za-z(\[])|__[0-9A-Za-z_]+__")
-ESCAPE = re.compile(r"\\[!-/:-@\[-`{-~]")
+# A backslash with what it would escape, and the beginning of an image, which the page's policy would not load.
+LITERAL = re.compile(r"\\[!-/:-@\[-`{-~]|!\[")
 # Where a single dollar begins and ends a formula rather than a price or a variable.
 DOLLAR, SECOND_DOLLAR = r"(?<![0-9A-Za-z$\\])\$(?!\s)", r"(?<![\s\\])\$(?![0-9A-Za-z$])"
 INLINE_FORMULA = re.compile(rf"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|{DOLLAR}([^\n$]+){SECOND_DOLLAR}", re.DOTALL)
@@ -211,7 +212,7 @@ def _build_parser() -> MarkdownIt:
     block.at("list", _only(r"(?:[-*+]|\d+\.)[ \t]+\S", list_block), {"alt": ["paragraph", "blockquote"]})
     block.at("blockquote", _only(r">[ \t]+\S", blockquote), ends)
     inline.before("escape", "formula", _inline_formula)
-    inline.at("escape", _literal(ESCAPE))
+    inline.at("escape", _literal(LITERAL))
     inline.before("emphasis", "operator", _literal(OPERATOR))
     parser.core.ruler.push("urls", _link_urls)
     return parser
