@@ -201,7 +201,7 @@ class _Renderer(RendererHTML):
 
 def _build_parser() -> MarkdownIt:
     parser = MarkdownIt("js-default", {"html": False, "breaks": True}, renderer_cls=_Renderer)
-    parser.disable(["lheading", "reference", "html_block", "html_inline", "autolink", "image", "entity", "linkify"])
+    parser.disable(["lheading", "reference", "autolink", "image", "entity", "linkify"])
     parser.validateLink = lambda url: url.startswith(("http://", "https://", "mailto:"))
     block, inline = parser.block.ruler, parser.inline.ruler
     ends = {"alt": ["paragraph", "blockquote", "list"]}
