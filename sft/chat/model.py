@@ -1,9 +1,12 @@
 """A checkpoint that answers: one reply as a stream, or several in one batch."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import machine
@@ -12,12 +15,16 @@ from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.data.formats import Sample
 from sft.model import quantized
-from sft.model.int8 import quantize
+from sft.model.int8 import Int8Linear, quantize
 from sft.model.load import check_ids, load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError, one_line
 from sft.prompts import split_system
 
 USUAL_LENGTH = 2048  # tokens of context, where neither tokenizer nor config says
+# Weights up to which a CPU generates with one thread. Threads that share a product wait for each other after it, for
+# milliseconds where a browser takes a core from one of them, and below this size a product takes microseconds and one
+# thread writes faster than anyone reads.
+SMALL = 32_000_000
 
 
 class ChatModel:
@@ -33,6 +40,7 @@ class ChatModel:
             tokenizer.model_max_length = context_length(model.config)
         self.encoder = Encoder(tokenizer)
         self.weights = str(model.dtype).removeprefix("torch.")
+        self.num_threads = choose_num_threads(model)
 
     @classmethod
     def load(
@@ -71,7 +79,7 @@ class ChatModel:
         """Return the new token ids after each prompt, int64 (number of prompts, new tokens), eos and pad included."""
         ids = [self.encoder.encode_text(each) if isinstance(each, str) else list(each) for each in prompts]
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), THREADS.limited_to(self.num_threads):
             output = self.model.generate(
                 **inputs,
                 generation_config=sampling.generation_config(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id),
@@ -119,6 +127,45 @@ def choose_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {one_line(error)}; expected auto, cpu, cuda or cuda:0") from None
     return device
+
+
+def choose_num_threads(model: PreTrainedModel) -> int:
+    """Return how many threads generate fastest: one for a small model on a CPU, else as many as PyTorch uses."""
+    is_small = model.device.type == "cpu" and num_weights(model) <= SMALL
+    return 1 if is_small else torch.get_num_threads()
+
+
+def num_weights(model: nn.Module) -> int:
+    """Count the weights that a model multiplies with at each token."""
+    products = [each for each in model.modules() if isinstance(each, (nn.Linear, Int8Linear))]
+    return sum(each.in_features * each.out_features for each in products)
+
+
+class Threads:
+    """How many threads PyTorch uses while there are generations, and otherwise; the number is one for all of them."""
+
+    def __init__(self):
+        """Begin with no generation."""
+        self.lock = threading.Lock()
+        self.usual, self.num_generations = 0, 0
+
+    @contextmanager
+    def limited_to(self, number: int) -> Iterator[None]:
+        """Use a number of threads inside the block, and the usual number again after the last generation."""
+        with self.lock:
+            self.usual = self.usual if self.num_generations else torch.get_num_threads()
+            self.num_generations += 1
+            torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_generations -= 1
+                if not self.num_generations:
+                    torch.set_num_threads(self.usual)
+
+
+THREADS = Threads()
 
 
 def choose_dtype(device: str) -> torch.dtype:

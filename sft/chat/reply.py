@@ -17,8 +17,9 @@ class Reply:
     """An answer in pieces; joined, they are the full decode.
 
     Iterating starts the generation; closing the iterator ends it within one token. `finish_reason` is then "eos",
-    "length" (the token limit), "marker" (the model began the next turn) or "cancelled". `seconds` is the time up to
-    the last token; `turns_left_out` and `tokens_left_out` count what of the conversation did not fit into the prompt.
+    "length" (the token limit), "marker" (the model began the next turn) or "cancelled". A piece holds all tokens that
+    have come since the one before: the text is decoded as often as it is asked for. `seconds` is the time up to the
+    last token; `turns_left_out` and `tokens_left_out` count what of the conversation did not fit into the prompt.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Reply:
         self.token_ids: list[int] = []
         self.seconds = 0.0
         self.finish_reason = "cancelled"
-        self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+        self._tokens: queue.SimpleQueue[tuple[int | BaseException | None, float]] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
@@ -48,13 +49,10 @@ class Reply:
         assert not self.token_ids, f"iterated again after {len(self.token_ids)} tokens"
         worker = threading.Thread(target=self._generate, daemon=True)
         worker.start()
-        sent, start = 0, time.monotonic()
+        sent, start, ended = 0, time.monotonic(), False
         try:
-            while (token := self._tokens.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                self.token_ids.append(token)
-                self.seconds = time.monotonic() - start
+            while not ended:
+                ended = self._take(start)
                 text, stopped = cut_at_marker(self._decode())
                 settled = text if stopped else text[: settled_length(text)]
                 if len(settled) > sent:
@@ -63,11 +61,10 @@ class Reply:
                 if stopped:
                     self.finish_reason = "marker"
                     return
-            text = self._decode()
             if len(text) > sent:
                 yield text[sent:]
-            ended = bool(self.token_ids) and self.token_ids[-1] == self.tokenizer.eos_token_id
-            self.finish_reason = "eos" if ended else "length"
+            by_itself = bool(self.token_ids) and self.token_ids[-1] == self.tokenizer.eos_token_id
+            self.finish_reason = "eos" if by_itself else "length"
         finally:
             self.cancel()
             worker.join()
@@ -75,6 +72,18 @@ class Reply:
     def cancel(self) -> None:
         """End the generation within one token, from any thread."""
         self._cancelled.set()
+
+    def _take(self, start: float) -> bool:
+        """Take a token, and all that have come by now; tell whether the generation has ended."""
+        for _ in range(max(1, self._tokens.qsize())):
+            token, when = self._tokens.get()
+            if token is None:
+                return True
+            if isinstance(token, BaseException):
+                raise token
+            self.token_ids.append(token)
+            self.seconds = when - start
+        return False
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
@@ -88,9 +97,9 @@ class Reply:
                 streamer=_QueueStreamer(self._tokens),
                 stopping_criteria=StoppingCriteriaList([_StopWhenSet(self._cancelled)]),
             )
-            self._tokens.put(None)
+            self._tokens.put((None, time.monotonic()))
         except BaseException as error:
-            self._tokens.put(error)
+            self._tokens.put((error, time.monotonic()))
 
 
 def settled_length(text: str) -> int:
@@ -115,15 +124,15 @@ def cut_at_marker(text: str) -> tuple[str, bool]:
 
 
 class _QueueStreamer(BaseStreamer):
-    """Puts each new token id into a queue; skips the first call, which brings the prompt."""
+    """Puts each new token id and its time into a queue; skips the first call, which brings the prompt."""
 
-    def __init__(self, tokens: queue.Queue):
+    def __init__(self, tokens: queue.SimpleQueue):
         self.tokens = tokens
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
-            self.tokens.put(int(value))
+            self.tokens.put((int(value), time.monotonic()))
         self.prompt_seen = True
 
     def end(self) -> None:

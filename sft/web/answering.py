@@ -1,6 +1,7 @@
 """One question to one or more checkpoints, from its arrival to its last token: checked, queued, streamed."""
 
 import asyncio
+import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,9 @@ from sft.web.visitors import Visitor, WaitingLine
 
 Messages = list[dict[str, str]]
 ALLOWED_CONTROLS = "\t\n\r"
+# A page shows an answer this often, in seconds, and for at most a fifth of the time: what it does between two tokens
+# of a small model takes longer than the model, and both share Python's lock.
+PAUSE, LONGEST_PAUSE, PAUSES_PER_UPDATE = 0.05, 0.5, 4
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,14 @@ class Answering:
             replies = await self._prepare(conversations, sampling)
             progress = Progress(answers=[""] * len(replies), replies=replies)
             async with aclosing(merge(replies)) as pieces:
-                async for number, piece in pieces:
-                    progress.answers[number] += piece
+                async for arrived in pieces:
+                    for number, piece in arrived.items():
+                        progress.answers[number] += piece
+                    start = time.monotonic()
                     yield replace(progress, answers=list(progress.answers))
                     if self.is_gone(visitor.session, visitor.event):
                         return
+                    await asyncio.sleep(pause_after(time.monotonic() - start))
             yield replace(progress, finished=True)
 
     async def _prepare(self, conversations: Sequence[Messages], sampling: Sampling) -> list[Reply]:
@@ -128,8 +135,13 @@ def forbidden_character(text: str) -> str:
     return next((c for c in text if c not in ALLOWED_CONTROLS and unicodedata.category(c) in ("Cc", "Cs")), "")
 
 
-async def merge(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, str]]:
-    """Yield (number of the reply, piece) as pieces arrive; closing it ends all replies within one token."""
+def pause_after(seconds: float) -> float:
+    """Return how long to wait after an update that took some seconds; tokens that come meanwhile go into the next."""
+    return min(LONGEST_PAUSE, max(PAUSE, PAUSES_PER_UPDATE * seconds))
+
+
+async def merge(replies: Sequence[Reply]) -> AsyncIterator[dict[int, str]]:
+    """Yield {number of the reply: piece} as pieces arrive; closing it ends all replies within one token."""
     loop = asyncio.get_running_loop()
     # One thread per reply waits for its pieces and closes it after the last one.
     executors = [ThreadPoolExecutor(1) for _ in replies]
@@ -142,11 +154,11 @@ async def merge(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, str]]:
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                number = waiting.pop(future)
-                if (piece := future.result()) is not None:
-                    waiting[next_of(number)] = number
-                    yield number, piece
+            pieces = {waiting.pop(future): future.result() for future in done}
+            arrived = {number: piece for number, piece in pieces.items() if piece is not None}
+            waiting |= {next_of(number): number for number in arrived}
+            if arrived:
+                yield arrived
     finally:
         for reply, iterator, executor in zip(replies, iterators, executors, strict=True):
             reply.cancel()

@@ -10,7 +10,8 @@ import gradio as gr
 from sft.chat.sampling import BOUNDS, Sampling
 from sft.web import history
 from sft.web.answering import Answering, Progress
-from sft.web.history import Conversation, Store
+from sft.web.history import Store
+from sft.web.markdown import BEGIN, END, LATEX, RAW, escape
 from sft.web.texts import DEFAULT_LANGUAGE, EXAMPLES, LANGUAGES, TEXTS, RefusedError, language_of, say
 from sft.web.view import (
     Updates,
@@ -19,7 +20,6 @@ from sft.web.view import (
     as_messages,
     as_sampling,
     as_updates,
-    escape,
     export_link,
     footer,
     merged,
@@ -33,7 +33,6 @@ DEFAULT = Sampling()
 PRESET_NUMBERS = ("temperature", "top_p", "top_k")
 PRESETS = {"precise": (0.2, 0.7, 20), "balanced": (0.7, 0.9, 50), "creative": (1.0, 0.95, 0)}
 STEPS = {"max_new_tokens": 1, "temperature": 0.05, "top_p": 0.01, "top_k": 1, "repetition_penalty": 0.05}
-LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
 MAX_PARTIAL = 200  # sessions whose stopped answers are kept until their page fetches them
 STORAGE_KEY = "chinese_bloom_conversations"
 CSS = """
@@ -45,7 +44,7 @@ CSS = """
   border: 1px solid var(--border-color-primary); color: var(--body-text-color); font-size: var(--text-sm); }
 #status { min-height: 1.6em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .chat { height: calc(100dvh - 240px) !important; min-height: 260px; }
-/* HTML in an answer may cover its own bubble, but not the page. */
+/* A formula may cover its own bubble, but not the page. */
 .message-content { contain: content; }
 @media (max-width: 700px) { .two .chat { height: calc(50dvh - 130px) !important; } }
 """
@@ -57,15 +56,32 @@ READY = {"submit_btn": True, "stop_btn": False}
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
-# The list of conversations fits beside a wide page but would cover a narrow one, so it starts closed.
-HEAD = """<script>
-const opening = setInterval(() => {
+# The list of conversations fits beside a wide page but would cover a narrow one, so it starts closed. What is copied of
+# a message, or edited, is its text, not what shows it.
+HEAD = f"""<script>{{
+const shown = /{BEGIN}[^]*?{RAW}(.*?){END}/g;
+const raw = text => text.replace(shown, (_, encoded) => decodeURIComponent(encoded));
+const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
+if (write) navigator.clipboard.writeText = text => write(raw(text));
+document.addEventListener("copy", event => {{
+  if (!event.target.value?.includes("{BEGIN}")) return;
+  event.clipboardData.setData("text/plain", raw(event.target.value));
+  event.preventDefault();
+}});
+document.addEventListener("click", () => setTimeout(() => {{
+  for (const box of document.querySelectorAll(".message textarea")) {{
+    if (!box.value.includes("{BEGIN}")) continue;
+    box.value = raw(box.value);
+    box.dispatchEvent(new Event("input", {{ bubbles: true }}));
+  }}
+}}));
+const opening = setInterval(() => {{
   const button = document.querySelector(".sidebar .toggle-button");
   if (!button) return;
   clearInterval(opening);
   if (window.innerWidth > 900 && !document.querySelector(".sidebar.open")) button.click();
-}, 50);
-</script>"""
+}}, 50);
+}}</script>"""
 
 
 def build_chatbot(name: str) -> gr.Chatbot:
@@ -75,7 +91,7 @@ def build_chatbot(name: str) -> gr.Chatbot:
         show_label=False,
         buttons=["copy", "copy_all"],
         editable="user",
-        latex_delimiters=[dict(zip(("left", "right", "display"), each, strict=True)) for each in LATEX],
+        latex_delimiters=LATEX,
         feedback_options=None,
         allow_tags=False,
         elem_classes="chat",
@@ -304,12 +320,13 @@ class ChatPage:
         """Yield updates while the last question of a store is answered, and finally the store with its answers."""
         language, conversation = history.language_of(asked), history.opened(asked)
         messages = [history.messages(conversation, i) for i in range(len(self.chatbots))]
+        before = [as_messages(conversation, i) for i in range(len(self.chatbots))]
         async with aclosing(self.answering.answer(visitor, messages, sampling)) as progresses:
             progress = await anext(progresses)  # here it is refused, if it is
-            yield merged(self._busy(asked), self._streamed(conversation, progress, language))
+            yield merged(self._busy(asked), self._streamed(before, progress, language))
             async for progress in progresses:
                 self._remember(visitor.session, progress)
-                yield self._streamed(conversation, progress, language)
+                yield self._streamed(before, progress, language)
         self.partial.pop(visitor.session, None)
         if progress.finished:
             answered = self.show(history.answer(asked, progress.answers))
@@ -320,13 +337,13 @@ class ChatPage:
         held = {component: {"interactive": False} for component in self._held()}
         return merged(self.show(asked), held, {self.box: BUSY})
 
-    def _streamed(self, conversation: Conversation, progress: Progress, language: str) -> Updates:
-        """Return the updates that show a growing answer, or the place in the queue."""
+    def _streamed(self, before: Sequence[list[dict]], progress: Progress, language: str) -> Updates:
+        """Return the updates that show a growing answer behind the messages before it, or the place in the queue."""
         if progress.ahead:
             return {self.status: {"value": say(language, "waiting", ahead=progress.ahead)}}
         updates = {self.status: {"value": footer(self.labels, progress, language)}}
-        for number, (chatbot, answer) in enumerate(zip(self.chatbots, progress.answers, strict=False)):
-            updates[chatbot] = {"value": [*as_messages(conversation, number), as_message("assistant", answer)]}
+        for chatbot, messages, answer in zip(self.chatbots, before, progress.answers, strict=False):
+            updates[chatbot] = {"value": [*messages, as_message("assistant", answer)]}
         return updates
 
     def _remember(self, session: str, progress: Progress) -> None:

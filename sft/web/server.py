@@ -47,14 +47,21 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
 
 
 def load(checkpoints: Sequence[str], device: str, quantization: str) -> list[ChatModel]:
-    """Load checkpoints, after finding all of them; raise UserError if one cannot be found or loaded."""
+    """Load checkpoints, after finding all of them; raise UserError if one cannot be found or loaded.
+
+    They answer at the same time, so all use as many threads as the one that needs most.
+    """
     from sft.model.load import locate
 
     for each in checkpoints:
         locate(each)
     from sft.chat.model import ChatModel
 
-    return [ChatModel.load(each, device, quantization=quantization) for each in checkpoints]
+    chats = [ChatModel.load(each, device, quantization=quantization) for each in checkpoints]
+    most = max(chat.num_threads for chat in chats)
+    for chat in chats:
+        chat.num_threads = most
+    return chats
 
 
 def build_page(

@@ -13,12 +13,11 @@ from sft.chat.sampling import Sampling
 from sft.web import history
 from sft.web.answering import Messages, Progress
 from sft.web.history import Conversation
+from sft.web.markdown import as_markdown, escape
 from sft.web.texts import RefusedError, say
 from sft.web.visitors import Visitor
 
 Updates = dict[gr.blocks.Block, dict[str, Any]]
-# What turns a character into Markdown, HTML or a formula.
-MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
 
 
 def merged(*all_updates: Updates) -> Updates:
@@ -36,8 +35,8 @@ def as_updates(updates: Updates) -> dict[gr.blocks.Block, Any]:
 
 
 def as_message(role: str, text: str) -> dict[str, Any]:
-    """Return a chatbot's message; as a part it keeps every character, while Gradio strips plain strings."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    """Return a chatbot's message that shows every character of a text; as a part, for Gradio strips plain strings."""
+    return {"role": role, "content": [{"type": "text", "text": as_markdown(text)}]}
 
 
 def as_messages(conversation: Conversation | None, checkpoint: int) -> list[dict[str, Any]]:
@@ -69,11 +68,6 @@ def export_link(conversation: Conversation, language: str) -> str:
     name = re.sub(r"[^\w-]+", "_", conversation["title"]).strip("_") or "conversation"
     label = html.escape(say(language, "export"))
     return f'<a download="{name}.json" href="data:application/json;base64,{content}">{label}</a>'
-
-
-def escape(text: str) -> str:
-    """Return a text escaped so that Markdown shows it literally."""
-    return MARKS.sub(r"\\\1", text)
 
 
 def footer(labels: Sequence[str], progress: Progress, language: str, stopped: bool = False) -> str:

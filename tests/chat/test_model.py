@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from sft.chat.model import ChatModel, context_length
+from sft.chat import model as chat_model
+from sft.chat.model import ChatModel, Threads, context_length, num_weights
 from sft.chat.reply import cut_at_marker
 from sft.chat.sampling import Sampling
 from sft.data.encode import special_tokens
@@ -19,6 +20,7 @@ from sft.data.formats import Sample
 from sft.model.load import load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt, build_prompt
+from sft.tools.random_model import SHAPES
 from support.project import TINY_SHAPES
 
 QUESTIONS = ["你好", "写一首关于春天的诗，要押韵，还要有山有水。", "1+1=?\n为什么？" * 4, "嗯"]
@@ -301,3 +303,47 @@ def test_conversation_without_a_turn_is_refused_as_every_wrong_order(make_model:
     chat = ChatModel.load(str(make_model("bloom-tiny")))
     with pytest.raises(ValueError, match="alternates user and assistant"):
         chat.reply([])
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_small_model_generates_with_one_thread_and_a_large_one_with_all(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, quantization: str
+):
+    usual, numbers = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        small = ChatModel.load(str(make_model("falcon-tiny")), "cpu", quantization=quantization)
+        monkeypatch.setattr(chat_model, "SMALL", 1000)
+        large = ChatModel.load(str(make_model("falcon-tiny")), "cpu", quantization=quantization)
+        for chat in (small, large):
+            chat.model.register_forward_hook(lambda *_: numbers.append(torch.get_num_threads()))
+            assert list(chat.stream(PROMPTS[0], SHORT)) and chat.answer(PROMPTS[:1], SHORT)
+            assert torch.get_num_threads() == 3
+        assert numbers == [1] * (len(numbers) // 2) + [3] * (len(numbers) // 2)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_the_usual_number_of_threads_comes_back_after_the_last_of_several_generations():
+    usual, threads = torch.get_num_threads(), Threads()
+    torch.set_num_threads(3)
+    try:
+        first, second = threads.limited_to(1), threads.limited_to(1)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_the_demo_is_small_and_every_published_model_is_not():
+    numbers = {}
+    for shape in ("bloom-demo", "falcon-demo", "bloom-560m", "bloom-154m"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(SHAPES[shape])
+        numbers[shape] = num_weights(model)
+    assert max(numbers["bloom-demo"], numbers["falcon-demo"]) < chat_model.SMALL
+    assert min(numbers["bloom-154m"], numbers["bloom-560m"]) > chat_model.SMALL

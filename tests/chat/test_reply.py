@@ -1,5 +1,6 @@
 """Pieces are the full decode to the character."""
 
+import queue
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -43,8 +44,18 @@ class Script:
         streamer.end()
 
 
+class OneByOne(queue.SimpleQueue):
+    """Seems to hold one token, however many have come."""
+
+    def qsize(self) -> int:
+        return 1
+
+
 def reply_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> Reply:
-    return Reply(Script(token_ids).generate, tokenizer, "", GREEDY)
+    """Return a reply that takes one token after another."""
+    reply = Reply(Script(token_ids).generate, tokenizer, "", GREEDY)
+    reply._tokens = OneByOne()
+    return reply
 
 
 def byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -81,6 +92,18 @@ def test_bytes_one_at_a_time_stream_to_exactly_the_characters(tokenizer: PreTrai
 
 def test_characters_come_one_by_one(tokenizer: PreTrainedTokenizerBase):
     assert list(reply_of(tokenizer, byte_tokens(tokenizer, "𠀀好😀z"))) == ["𠀀", "好", "😀", "z"]
+
+
+def test_tokens_that_come_while_nobody_asks_are_decoded_at_once(tokenizer: PreTrainedTokenizerBase, monkeypatch):
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **named: decoded.append(len(ids)) or decode(ids, **named))
+    token_ids, all_here = byte_tokens(tokenizer, "春眠不觉晓，处处闻啼鸟。"), threading.Event()
+    script, pieces = Script(token_ids, all_here.set), []
+    for piece in Reply(script.generate, tokenizer, "", GREEDY):
+        pieces.append(piece)
+        assert all_here.wait(5)
+    assert "".join(pieces) == "春眠不觉晓，处处闻啼鸟。"
+    assert len(decoded) <= 8 < len(token_ids) == decoded[-1]
 
 
 def test_first_piece_comes_before_the_last_token(tokenizer: PreTrainedTokenizerBase):

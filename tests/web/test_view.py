@@ -6,8 +6,9 @@ import json
 import pytest
 
 from sft.web.history import Conversation
+from sft.web.markdown import as_markdown
 from sft.web.texts import RefusedError
-from sft.web.view import as_history, as_messages, as_sampling, escape, export_link, merged, turn_at
+from sft.web.view import as_history, as_messages, as_sampling, export_link, merged, turn_at
 
 
 def conversation_of(*turns: tuple[str, list[str]]) -> Conversation:
@@ -28,7 +29,7 @@ def test_unanswered_questions_are_shown():
 
 def test_each_checkpoint_shows_its_own_answers():
     conversation = conversation_of(("一", ["a", "b"]))
-    assert as_messages(conversation, 1)[1]["content"] == [{"type": "text", "text": "b"}]
+    assert as_messages(conversation, 1)[1]["content"] == [{"type": "text", "text": as_markdown("b")}]
     assert as_messages(conversation, 2)[1]["content"] == [{"type": "text", "text": ""}]
 
 
@@ -57,6 +58,5 @@ def test_history_of_an_api_call_that_is_none(history: object):
     assert as_history(None) == as_history([]) == []
 
 
-def test_escaped_names_and_merged_updates():
-    assert escape("a_b*<c>[d](e)") == r"a\_b\*\<c\>\[d\]\(e\)"
+def test_merged_updates():
     assert merged({"a": {"value": 1}}, {"a": {"label": "x"}, "b": {}}) == {"a": {"value": 1, "label": "x"}, "b": {}}
