@@ -106,6 +106,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def check_room(folder: str | Path, num_bytes: int) -> None:
+    """Raise OSError if so many bytes do not fit on the disk of a folder."""
+    if (free := _free_bytes(Path(folder))) < num_bytes:
+        raise OSError(errno.ENOSPC, f"{num_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free")
+
+
 def _no_room(folders: Sequence[str | Path], detail: str) -> tuple[str, str]:
     free = {str(folder): _free_bytes(Path(folder)) for folder in folders}
     fullest = min(free, key=free.get)

@@ -2,10 +2,13 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import IncompleteSnapshotError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm
 
 from sft import network
 from sft.program import UserError, one_line
@@ -30,10 +33,36 @@ def find(name: str, cache_dir: str | None = None) -> str:
             allow_patterns=ABOUT,
             ignore_patterns=BELOW,
             local_files_only=hindrance is not None,
+            tqdm_class=_OneBar,
         )
     except Exception as error:
         raise _not_found(name, error, hindrance, cache_dir) from None
+    if not any(Path(folder, config).is_file() for config in ("config.json", "adapter_config.json")):
+        raise (
+            _in_part(name, hindrance)
+            if hindrance
+            else UserError(f"{name} has no config.json; expected a model of the hub such as bigscience/bloom-560m")
+        )
     return folder
+
+
+class _OneBar(tqdm):
+    """The bytes of all files in one bar, shown once they take a second; the library has two bars more."""
+
+    def __init__(self, *args, name: str | None = None, **given):
+        given |= {"desc": "downloading", "bar_format": None, "delay": 1}
+        if name != "huggingface_hub.snapshot_download":
+            given["disable"] = True
+        super().__init__(*args, name=name, **given)
+
+    def refresh(self, *args, **given) -> None:
+        """Show nothing before the bar's first second is over."""
+        if self.disable or time.time() - self.start_t >= self.delay:
+            super().refresh(*args, **given)
+
+    def set_description(self, *args, **given) -> None:
+        """End, since only the end is told."""
+        self.close()
 
 
 def fetch_weights(folder: Path) -> None:
@@ -49,13 +78,27 @@ def fetch_weights(folder: Path) -> None:
     if hindrance:
         raise _in_part(name, hindrance)
     try:
-        files = HfApi().list_repo_files(name, revision=folder.name)
-        shards = [re.compile(r"(-\d+-of-\d+)?\.".join(map(re.escape, whole.split(".")))) for whole in WEIGHTS]
-        chosen = next(filter(None, ([file for file in files if shard.fullmatch(file)] for shard in shards)), None)
-        if chosen:
-            snapshot_download(name, revision=folder.name, cache_dir=cache_dir, allow_patterns=chosen)
+        # One after the other, not in threads, which Ctrl-C could not end.
+        for file in _choose_weights(name, folder, cache_dir):
+            hf_hub_download(name, file, revision=folder.name, cache_dir=cache_dir)
     except Exception as error:
         raise _not_found(name, error, None, cache_dir) from None
+
+
+def _choose_weights(name: str, folder: Path, cache_dir: str) -> list[str]:
+    """Return the files of a model's weights in one form, none if it has no weights; fail if they do not fit."""
+    sizes = {
+        entry.path: entry.size
+        for entry in HfApi().list_repo_tree(name, revision=folder.name)
+        if isinstance(entry, RepoFile)
+    }
+    for whole in WEIGHTS:
+        stem, suffix = whole.split(".")
+        if files := [file for file in sizes if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.{suffix}", file)]:
+            missing = sum(sizes[file] for file in files if not (folder / file).is_file())
+            network.check_room(cache_dir, missing)
+            return files
+    return []
 
 
 def name_of(folder: Path) -> str:
@@ -74,14 +117,18 @@ def unfinished(folder: Path) -> UserError | None:
 
 def _has_weights(folder: Path) -> bool:
     for whole in WEIGHTS:
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
+        shards = _shards_of(folder / f"{whole}.index.json")
+        if (folder / whole).is_file() or (shards and all((folder / shard).is_file() for shard in shards)):
             return True
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            if all((folder / shard).is_file() for shard in shards):
-                return True
     return False
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the names of the files that an index lists; none if it is missing or broken."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
 
 
 def _not_found(name: str, error: Exception, hindrance: tuple[str, str] | None, cache_dir: str | None) -> UserError:

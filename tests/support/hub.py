@@ -297,7 +297,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.query.get("Signature") != ["s"] or self.request_made.token:
             self.refuse(403, "", "The request has no signature, or a token that is not for this host")
         else:
-            self.send_file(self.hub.repositories[name].files[path])
+            shown_as = {"Content-Disposition": f'inline; filename="{path.split("/")[-1]}";'}
+            self.send_file(self.hub.repositories[name].files[path], shown_as)
 
     def send_file(self, data: bytes, headers: dict[str, str] | None = None) -> None:
         headers = {"ETag": f'"{etag(data)}"', "Accept-Ranges": "bytes", **(headers or {})}
