@@ -56,9 +56,10 @@ def _patient_client() -> httpx.Client:
 
 
 def _limit_waiting(request: httpx.Request) -> None:
+    most = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
     limits = request.extensions.get("timeout") or {}
     kinds = ("connect", "read", "write", "pool")
-    request.extensions["timeout"] = {kind: limits.get(kind) or constants.HF_HUB_ETAG_TIMEOUT for kind in kinds}
+    request.extensions["timeout"] = {kind: min(limits.get(kind) or most, most) for kind in kinds}
 
 
 def _let_resets_be_resumed(response: httpx.Response) -> None:

@@ -79,12 +79,13 @@ def _why_not(
 
 def _asked_again(name: str) -> Exception | None:
     """Return why the hub gives nothing of a set now, None if it does: `datasets` loses the cause of its errors."""
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "dataset_infos.json", repo_type="dataset"))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:
-        return error
+    for file in ("README.md", "dataset_infos.json"):  # the first may be read where a set is gated
+        try:
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type="dataset"))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:
+            return error
     return None
 
 

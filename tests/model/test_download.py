@@ -1,15 +1,19 @@
 """Models of the hub: the files that are needed and no others, once; what is half there is never taken for whole."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 
 from sft.model import download
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError
 from support.hub import Fault, Hub, Repository
 from support.hub_here import ask_here, ask_no_more
@@ -67,14 +71,12 @@ def test_what_is_needed_is_downloaded_once_and_the_weights_last(here: Hub):
 
 def shards_of(files: dict[str, bytes], names: list[str]) -> dict[str, bytes]:
     """Return the files of a model with its weights in two shards."""
-    import safetensors.torch as safe
-
-    tensors = safe.load(files["model.safetensors"])
+    tensors = safetensors.torch.load(files["model.safetensors"])
     halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
     of_tensor = {tensor: name for name, half in zip(names, halves, strict=True) for tensor in half}
     index = {"metadata": {"total_size": 1}, "weight_map": of_tensor}
     rest = {name: data for name, data in files.items() if name != "model.safetensors"}
-    shards = {name: safe.save(half, {"format": "pt"}) for name, half in zip(names, halves, strict=True)}
+    shards = {name: safetensors.torch.save(half, {"format": "pt"}) for name, half in zip(names, halves, strict=True)}
     return rest | {"model.safetensors.index.json": json.dumps(index).encode()} | shards
 
 
@@ -94,13 +96,8 @@ def test_shards_are_all_downloaded_and_no_second_form_of_them(here: Hub, files: 
 
 
 def test_weights_of_the_old_form_are_loaded_and_nobody_is_asked_to_convert_them(here: Hub, files: dict[str, bytes]):
-    import io
-
-    import safetensors.torch as safe
-    import torch
-
     buffer = io.BytesIO()
-    torch.save(safe.load(files.pop("model.safetensors")), buffer)
+    torch.save(safetensors.torch.load(files.pop("model.safetensors")), buffer)
     here.repositories[f"models/{NAME}"].files = files | {"pytorch_model.bin": buffer.getvalue()}
     load()
     assert not any("discussions" in request.path for request in here.requests)
@@ -187,3 +184,19 @@ def test_folders_that_are_not_of_the_cache_are_called_by_their_paths(tmp_path: P
     assert download.name_of(tmp_path) == str(tmp_path) and download.name_of(Path("x")) == "x"
     assert download.name_of(Path("/c/models--a--b.c/snapshots/0f")) == "a/b.c"
     assert download.unfinished(tmp_path) is None
+
+
+def test_an_adapter_of_the_hub_is_loaded_with_its_base_model(
+    here: Hub, make_model: Callable[[str], Path], tmp_path: Path
+):
+    model = load_model(str(make_model("bloom-tiny")))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query_key_value"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = NAME
+    adapted.save_pretrained(tmp_path / "adapter")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    here.repositories["models/somebody/lora"] = Repository(files)
+    merged, _ = load_adapter(locate("somebody/lora"), torch.float32)
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    expected = adapted.merge_and_unload().get_parameter(name)
+    assert torch.allclose(merged.get_parameter(name), expected)
+    assert not torch.allclose(expected, load_model(str(make_model("bloom-tiny"))).get_parameter(name))

@@ -299,7 +299,7 @@ def test_the_notebooks_bad_days_are_one_line(
     chosen = {"SOURCE": "hub", "DATASETS": "school_math_0.25M"}
     if day == "missing":
         del stocked.repositories["datasets/BelleGroup/school_math_0.25M"]
-        with pytest.raises(CellExecutionError, match="SystemExit: error: BelleGroup/school_math_0.25M cannot be down"):
+        with pytest.raises(CellExecutionError, match="error: BelleGroup/school_math_0.25M cannot be downloaded"):
             execute("data_proj/process_data.ipynb", online, monkeypatch, OUTPUT_FOLDER=tmp_path, **chosen)
         return
     with small_disk(tmp_path / "disk", "8k") as disk:
@@ -315,20 +315,23 @@ def peak_memory_of_streaming(hub: Hub, environment: dict[str, str], output: Path
     hub.repositories[f"datasets/{DATA}"].files["train_2M_CN.json"] = line * num_rows
     chosen = {"DATASETS": "train_2M_CN", "ROWS_PER_SET": "none", "OUTPUT_FOLDER": str(output)}
     command = [sys.executable, "-m", "IPython", str(PROJECT / "data_proj" / "process_data.ipynb")]
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=PROJECT, env=environment | chosen, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    )
+    peak = 0  # of this program alone: what getrusage tells begins with the size of the process that started it
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = int(found[1]) * 1024 if (found := re.search(r"VmHWM:\s*(\d+)", status)) else peak
+        time.sleep(0.05)
     assert process.returncode == 0
     assert sum(len(file.read_bytes().splitlines()) for file in output.glob("*.json")) == num_rows
-    return usage.ru_maxrss * 1024
+    return peak
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_set_that_is_streamed(stocked: Hub, online: dict[str, str], tmp_path: Path):
-    small = peak_memory_of_streaming(stocked, online, tmp_path / "small", 40_000)
-    large = peak_memory_of_streaming(stocked, online, tmp_path / "large", 200_000)  # 160 MB
+    small = peak_memory_of_streaming(stocked, online, tmp_path / "small", 30_000)
+    large = peak_memory_of_streaming(stocked, online, tmp_path / "large", 150_000)  # 120 MB
     assert large - small < 25e6
 
 

@@ -63,9 +63,9 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens to requests for paths that end in `suffix`, `times` times: of a status, else after some bytes."""
+    """What happens to requests for paths with a `part`, `times` times: of a status, else after some bytes."""
 
-    suffix: str
+    part: str
     kind: str  # "status", "cut", "reset" or "stall"
     after: int = 0
     status: int = 0
@@ -147,7 +147,7 @@ class Hub:
         """Return what shall go wrong with this request, once less from now on."""
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and path.endswith(fault.suffix) and fault.method in ("", method):
+                if fault.times > 0 and fault.part in path and fault.method in ("", method):
                     fault.times -= 1
                     return fault
         return None
