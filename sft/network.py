@@ -110,7 +110,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def check_room(folder: str | Path, num_bytes: int) -> None:
     """Raise OSError if so many bytes do not fit on the disk of a folder."""
     if (free := _free_bytes(Path(folder))) < num_bytes:
-        raise OSError(errno.ENOSPC, f"{num_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free")
+        raise OSError(errno.ENOSPC, f"{num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB free")
 
 
 def _no_room(folders: Sequence[str | Path], detail: str) -> tuple[str, str]:

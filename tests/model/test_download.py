@@ -3,18 +3,20 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import constants
+from huggingface_hub import _tree_cache, constants
 from peft import LoraConfig, get_peft_model
 
 from sft.model import download
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
 from sft.program import UserError
+from support.disks import small_disk
 from support.hub import Fault, Hub, Repository
 from support.hub_here import ask_here, ask_no_more
 
@@ -163,6 +165,7 @@ def test_a_cache_that_another_program_filled_in_part_is_not_taken_for_whole(here
     folder = Path(load())
     for listing in folder.parents[1].glob("trees/*"):
         listing.unlink()
+    monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
     (folder / "tokenizer.json").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert error_of(load).startswith(f"{NAME} is in the local cache only in part, and HF_HUB_OFFLINE is set")
@@ -200,3 +203,16 @@ def test_an_adapter_of_the_hub_is_loaded_with_its_base_model(
     expected = adapted.merge_and_unload().get_parameter(name)
     assert torch.allclose(merged.get_parameter(name), expected)
     assert not torch.allclose(expected, load_model(str(make_model("bloom-tiny"))).get_parameter(name))
+
+
+def test_shards_that_do_not_fit_together_are_refused_before_the_first(
+    here: Hub, files: dict[str, bytes], tmp_path: Path
+):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    here.repositories[f"models/{NAME}"].files = shards_of(files, names)
+    with small_disk(tmp_path / "disk", "600k") as disk:
+        folder = locate(NAME, str(disk))
+        message = error_of(load_model, folder)
+    said = rf"the disk of {disk} is too full \(0\.7 MB are needed and 0\.\d MB free\); free space there, or set HF_HOME"
+    assert re.search(said, message)
+    assert not any(name.startswith("model-") for name in given(here))
