@@ -1,4 +1,4 @@
-"""The machine: its accelerator, the memory of each device and of the host, and its network; or GPUs only named."""
+"""The machine: its accelerator, the memory of each device and of the host; or GPUs only named."""
 
 import os
 import platform
@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -18,7 +17,6 @@ CUDA_BYTES, CUDA_SHARE = GIB, 0.05
 HEAP_SHARE = 0.15  # of a host's memory, for what glibc keeps of freed tensors
 # Of a GPU's memory, for fragmentation and workspaces of cuBLAS. Plans that need it are unproven.
 UNPROVEN_SHARE = 0.06
-HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
 OLDEST_CAPABILITY = "7.5 (Turing)"  # of the GPUs that PyTorch's own builds support
 
 
@@ -141,15 +139,6 @@ def _held_bytes(used: Path) -> int:
     lines = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     files = lines.get("inactive_file", lines.get("total_inactive_file", 0))
     return int(used.read_text()) - int(files) if used.exists() else 0
-
-
-def answers(endpoint: str) -> bool:
-    """Tell whether there is an answer from a URL, of whatever kind."""
-    try:
-        httpx.head(endpoint, timeout=HUB_TIMEOUT)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True
 
 
 def gib(num_bytes: float) -> str:

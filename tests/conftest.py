@@ -6,18 +6,16 @@ No test needs a network or a GPU. Each worker keeps its models and caches in its
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
 
+from support.hub import Hub, running_hub
 from support.project import PROJECT, SAMPLE
-from support.warm_python import network
+from support.warm_interpreter import warm_interpreter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,41 +115,31 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def running() -> Iterator[Hub]:
+    """Return a hub that stays at one address."""
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running: Hub) -> Iterator[Hub]:
+    """Return a hub without repositories; what it does not know may not be asked for."""
+    running.repositories.clear()
+    running.forget()
+    yield running
+    running.restart()
+    assert running.unknown == []
+
+
+@pytest.fixture(scope="session")
 def warm_python(cache_dir: Path) -> Iterator[str]:
     """Return a stand-in for sys.executable: programs of this project start in it without seconds of imports.
 
     Give it as PYTHON_EXEC to a launcher, too, for its ranks. See support/warm_server.py.
     """
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache_dir), "DS_ACCELERATOR": "cpu"}
-    support = PROJECT / "tests" / "support"
-    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/socket")
-        listener.listen(64)
-        number = listener.fileno()
-        server = subprocess.Popen(
-            [sys.executable, support / "warm_server.py", str(number), *WARM],
-            cwd=PROJECT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[number],
-        )
-        settings = {
-            "project": str(PROJECT),
-            "python": sys.executable,
-            "socket": f"{folder}/socket",
-            "environment": environment,
-            "network": network(),
-        }
-        python = Path(folder, "python")
-        python.write_text(
-            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(support)!r})\n"
-            f"import warm_python\nwarm_python.main({settings!r})\n"
-        )
-        python.chmod(0o700)
-        yield str(python)
-        server.stdin.close()
-        server.wait()
+    with warm_interpreter(WARM, environment) as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

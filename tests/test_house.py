@@ -13,7 +13,7 @@ import pytest
 from support.project import PROJECT
 
 FOLDERS = ["sft", "tests", "benchmarks", "data_proj"]
-GROUND = {"program", "prompts", "machine"}
+GROUND = {"program", "prompts", "machine", "network"}
 # What a room may import beside itself and the ground floor. No room is in the list of one beside it.
 BELOW = {
     "data": set(),

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -18,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sft.machine import answers
+from sft.model import download
 from sft.model.folder import check_files
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
@@ -34,9 +32,8 @@ FIRST_FALCON_EDITS = (
 
 
 def locate(name_or_path: str, cache_dir: str | None = None) -> str:
-    """Return where to load a model from: a folder as given, a hub id, or its folder in the local cache.
+    """Return the folder to load a model from: as given, or, for a hub id, in the local cache, without weights yet.
 
-    The cache is used if the hub cannot be reached, without waiting for half a minute of retries.
     Raises UserError if there is no such folder, and no such model in the hub or in the cache.
     """
     folder = Path(name_or_path)
@@ -51,25 +48,7 @@ def locate(name_or_path: str, cache_dir: str | None = None) -> str:
         return name_or_path
     if folder.is_file():
         raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
-    if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
-        return name_or_path
-    if cached := _cached_config(name_or_path, cache_dir):
-        return str(Path(cached).parent)
-    why, remedy = f"{constants.ENDPOINT} cannot be reached", "set HF_ENDPOINT to a mirror"
-    if constants.HF_HUB_OFFLINE:
-        why, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
-    raise UserError(
-        f"{name_or_path} is not a folder, is not in the local cache, and {why}; give the path of a downloaded model "
-        f"folder, or {remedy}"
-    )
-
-
-def _cached_config(name: str, cache_dir: str | None) -> str | None:
-    try:
-        found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
-    except HFValidationError:
-        return None
-    return found if isinstance(found, str) else None
+    return download.find(name_or_path, cache_dir)
 
 
 def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedConfig:
@@ -81,8 +60,8 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{name_or_path} is a folder without config.json; expected a Hugging Face model folder (config.json, "
-            "tokenizer.json, *.safetensors) or a hub id such as bigscience/bloom-560m"
+            f"{download.name_of(folder)} is a folder without config.json; expected a Hugging Face model folder "
+            "(config.json, tokenizer.json, *.safetensors) or a hub id such as bigscience/bloom-560m"
         )
     try:
         config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
@@ -134,7 +113,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False, **extra)
     except Exception as error:
-        raise UserError(
+        raise download.unfinished(Path(name_or_path)) or UserError(
             f"the tokenizer of {name_or_path} cannot be loaded ({one_line(error)}); expected tokenizer.json or "
             "tokenizer.model, and tokenizer_config.json, beside config.json; copy them from the base model"
         ) from None
@@ -189,6 +168,8 @@ def load_adapter(
         return None
     from peft import PeftConfig, PeftModel  # its import takes seconds
 
+    download.fetch_weights(Path(folder))
+
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         located = locate(base, cache_dir)
@@ -218,8 +199,9 @@ def load_model(
 
     There is no device map, so that DeepSpeed may place them.
 
-    Raises UserError if weights are missing, incomplete or broken.
+    Raises UserError if weights are missing, incomplete or broken, or cannot be downloaded.
     """
+    download.fetch_weights(Path(name_or_path))
     keywords = {"quantization_config": quantization} if quantization else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from sft import network
 from sft.data import hub
 from sft.data.files import find_shards
 from sft.data.kinds import SUFFIXES
@@ -72,7 +73,7 @@ def reach(monkeypatch: pytest.MonkeyPatch, is_reached: bool) -> None:
     """Let the hub seem to be reached or not, where nothing says that it may not be."""
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "answers", lambda _: is_reached)
+    monkeypatch.setattr(network, "answers", lambda _: is_reached)
 
 
 @pytest.mark.parametrize("is_offline", [True, False])

@@ -43,6 +43,12 @@ class Served:
             return list(listen(client, join(client, message, history, **parameters)))[-1]
 
 
+def free_port() -> int:
+    """Return a port that nobody listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextmanager
 def served(
     *folders: Path, max_waiting: int = 20, requests_per_minute: int = 100_000, names: Any = None
