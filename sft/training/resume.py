@@ -152,7 +152,7 @@ def find(args: TrainingArguments, settings: RunSettings, num_steps: int) -> Path
 
 
 def has_ended(args: TrainingArguments, resumed: Path | None, num_steps: int) -> bool:
-    """Tell whether the run has made all its steps and saved its result, of which no later checkpoint need be left.
+    """Tell whether the run has made all its steps, saved its result, and kept no checkpoint of the last one.
 
     With --load_best_model_at_end the best checkpoint may be the only one, long before the last step.
     """
@@ -161,7 +161,7 @@ def has_ended(args: TrainingArguments, resumed: Path | None, num_steps: int) -> 
         num_made = json.loads((output_dir / STATE).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    if resumed is None or not isinstance(num_made, int):
+    if resumed is None or not args.load_best_model_at_end or not isinstance(num_made, int):
         return False
     return num_made >= num_steps > step_of(resumed) and not fault_of_weights(output_dir)
 

@@ -12,6 +12,10 @@ from sft.training import checkpoints
 from sft.training.resume import has_ended
 
 
+def arguments(output_dir: Path, keeps_the_best: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(output_dir=str(output_dir), load_best_model_at_end=keeps_the_best)
+
+
 def a_checkpoint(output_dir: Path, step: int) -> Path:
     folder = output_dir / f"checkpoint-{step}"
     folder.mkdir()
@@ -28,12 +32,13 @@ def test_a_run_has_ended_if_its_result_is_of_the_last_step(tmp_path, made, weigh
     save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     if not weights:
         (tmp_path / "model.safetensors").write_bytes(b"cut")
-    assert has_ended(SimpleNamespace(output_dir=str(tmp_path)), folder, 24) is expected
-    assert not has_ended(SimpleNamespace(output_dir=str(tmp_path)), None, 24)
+    assert has_ended(arguments(tmp_path), folder, 24) is expected
+    assert not has_ended(arguments(tmp_path), None, 24)
+    assert not has_ended(arguments(tmp_path, keeps_the_best=False), folder, 24)
 
 
 @pytest.mark.parametrize("state", ["", "[]", "{}", '{"global_step": null}'])
 def test_a_state_that_says_no_step_is_of_no_ended_run(tmp_path, state):
     (tmp_path / checkpoints.STATE).write_text(state)
-    assert not has_ended(SimpleNamespace(output_dir=str(tmp_path)), a_checkpoint(tmp_path, 6), 24)
-    assert not has_ended(SimpleNamespace(output_dir=str(tmp_path / "nowhere")), None, 24)
+    assert not has_ended(arguments(tmp_path), a_checkpoint(tmp_path, 6), 24)
+    assert not has_ended(arguments(tmp_path / "nowhere"), None, 24)
