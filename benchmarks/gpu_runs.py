@@ -294,7 +294,8 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
         model = lora.add(model, LORA.lora_config, "", 0)
     packed = PackedSequences(load_examples(given.data, tokenizer)[0], options.max_length)
     keywords = {"args": args, "data_collator": flatten, "train_dataset": packed, "processing_class": tokenizer}
-    settings = resume.settings_of(model_args, args, packed, SHAPES[shape])
+    num_steps = args.schedule(packed.num_sequences).num_steps
+    settings = resume.settings_of(model_args, args, packed, SHAPES[shape], num_steps)
     trainer = Trainer(model=model, settings=settings, shares_batches=True, **keywords)
     counts = throughput.metered(trainer, options)
     is_gpu = given.device.type != "cpu"

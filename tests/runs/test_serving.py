@@ -125,9 +125,11 @@ def test_each_of_many_users_has_the_answer_to_their_own_conversation_in_the_orde
         page.chat, "reply", lambda messages, *rest: (prepared.append(messages[:2]), reply(messages, *rest))[1]
     )
     with ThreadPoolExecutor(USERS) as pool, page.client() as client, Gate(page.chat) as gate:
-        events = [join(client, QUESTION, history_of(user), **GREEDY) for user in range(USERS)]
-        answers = [pool.submit(hear, page, event) for event in events]
-        assert wait_until(lambda: len(page.line.tickets) == USERS)
+        events, answers = [], []
+        for user in range(USERS):
+            events.append(join(client, QUESTION, history_of(user), **GREEDY))
+            answers.append(pool.submit(hear, page, events[-1]))
+            assert wait_until(lambda number=user + 1: len(page.line.tickets) == number)
         assert [ticket.visitor.session for ticket in page.line.tickets] == events
         gate.open()
         assert [answer.result(60) for answer in answers] == expected

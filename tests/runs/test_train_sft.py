@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_curve_card_and_tensorboard_are_written(finished):
     before, *_, after = logged(output, "eval_loss")
     assert f"held-out loss: {before:.4f} before the first step, {after:.4f} at step " in card
     assert re.search(r"^- [1-9][\d,]* tokens/s in the steps", card, re.MULTILINE)
-    assert f"hardware: {processor().split(',')[0]}" in card and f"torch {torch.__version__}, transformers" in card
+    assert f"hardware: {processor().split(',')[0]}" in card and f"torch {version('torch')}, transformers" in card
     assert "25 kept (1 of them cut), 1 refused" in card and "`data_report.jsonl`" in card
     assert "research only" in card and "RAIL" in card
     assert list(output.rglob("events.out.tfevents.*"))

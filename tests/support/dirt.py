@@ -124,11 +124,12 @@ BAD_ROWS = {
 BAD_TURNS = {
     "wrong role": (
         [{"role": "robot", "content": "乙"}],
-        'a speaker is not "user", "assistant" or "system"; rename it to the one it is: turn 1 has role \'robot\'',
+        'a speaker is not "user", "assistant" or "system": turn 1 has role \'robot\'; type --columns user=robot or '
+        "--columns assistant=robot",
     ),
     "role is no string": (
         [{"role": 1, "content": "乙"}],
-        'a speaker is not "user", "assistant" or "system"; rename it to the one it is: turn 1 has role 1',
+        'a speaker is not "user", "assistant" or "system": turn 1 has role 1',
     ),
     "wrong order": (CHAT["messages"][::-1], "no reply is to be trained"),
     "system in the middle": (
