@@ -9,12 +9,12 @@
 line_ends=LF
 [ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0")")" && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt"
 
 # With several visible GPUs one process would spread over all of them; ds_all.sh is for that.
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
 
 # Threads that wait for work sleep: else, on a busy machine, they keep the cores from those that they wait for.

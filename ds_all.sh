@@ -9,11 +9,12 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh ds_all.sh       on each of two hosts, with its own NODE_RANK
 #   HOSTFILE=hosts sh ds_all.sh                      from one host by ssh; lines "host slots=8"; same paths on all hosts
 #   DEVICE=cpu NUM_GPUS=2 sh ds_all.sh               two ranks on the CPU, to try things out
-# SIGTERM saves at the next step and ends with exit code 75; what has not ended GRACE_SECONDS (25) later is killed.
+# SIGTERM, or a closing terminal, saves at the next step and ends with exit code 75; what has not ended GRACE_SECONDS
+# (25) later is killed.
 line_ends=LF
 [ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0")")" && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt"
 

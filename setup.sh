@@ -1,5 +1,5 @@
 # Sourced by the scripts, which set `here` to this folder first:
-#   here=$(cd "$(dirname "$0")" && pwd); . "$here/setup.sh"; set_up "$here/requirements.txt"
+#   here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0")")" && pwd); . "$here/setup.sh"; set_up "$here/requirements.txt"
 # Afterwards PYTHON is the path of an interpreter that holds every pinned requirement: $PYTHON or the active one if
 # it does, otherwise that of .venv, which is made and filled once.
 

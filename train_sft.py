@@ -72,6 +72,7 @@ def make_model(
         # ZeRO-3 splits the weights while they are read, so the ranks must know of each other by now.
         import deepspeed
 
+        zero.check_launched()
         deepspeed.init_distributed(dist_backend="gloo" if training_args.use_cpu else "nccl")
         zero.size_buffers(training_args.hf_deepspeed_config.config, config, training_args.world_size)
     lora_config = model_args.lora_config

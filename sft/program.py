@@ -9,7 +9,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from functools import partial
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -74,6 +75,7 @@ def run_program(main: Callable[[], None]) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
+        outlive_readers(stream)
     # DeepSpeed, imported by accelerate, warns on every machine without a GPU; our own header names the device.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # DeepSpeed uses a name that torch has since changed, and every rank would say so at every save.
@@ -94,6 +96,27 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, from a launcher, would print a traceback
         sys.exit(KEYBOARD_INTERRUPT)
+
+
+def outlive_readers(stream: TextIO) -> None:
+    """Let a program go on where its output can no longer be written.
+
+    A terminal that closed, a pipe whose reader ended, or a log on a full disk must not cost a run. What is printed from
+    then on is lost.
+    """
+    if isinstance(stream.write, partial):
+        return
+    for name in ("write", "flush"):
+        setattr(stream, name, partial(_or_drop, getattr(stream, name), stream))
+
+
+def _or_drop(write: Callable, stream: TextIO, *given):
+    try:
+        return write(*given)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # also for what libraries and child processes write
+        os.close(nowhere)
 
 
 def end_with_parent() -> None:

@@ -6,7 +6,7 @@
 line_ends=LF
 [ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #
 set -eu
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(CDPATH="" cd "$(dirname "$0")/.." && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt" "$here/tests/requirements.txt"
 # The chat page is tested in a browser; where none can be installed, those tests are skipped and say so.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -218,3 +219,33 @@ def test_torchs_word_on_a_renamed_function_is_left_out_and_no_other():
         warnings.warn("`_all_gather_base` is now all_gather_into_tensor", FutureWarning, stacklevel=1)
         warnings.warn("something else", FutureWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["something else"]
+
+
+SPEAKS = """
+import os, sys, time
+from sft.program import run_program
+def main():
+    for number in range(3):
+        print("step", number, flush=True)
+        print("bar", number, file=sys.stderr)
+        time.sleep(0.2)
+    os.system("echo from a child")
+    open(sys.argv[1], "w").close()
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize("output", ["a reader that ended", "a full disk", "a terminal that closed"])
+def test_a_program_outlives_whoever_reads_its_output(tmp_path, output):
+    command = [sys.executable, "-c", SPEAKS, str(tmp_path / "done")]
+    if output == "a full disk":
+        with Path("/dev/full").open("w") as full:
+            code = subprocess.run(command, cwd=PROJECT, stdout=full, stderr=full, timeout=60).returncode
+    else:
+        reading, writing = os.openpty() if output == "a terminal that closed" else os.pipe()
+        started = subprocess.Popen(command, cwd=PROJECT, stdout=writing, stderr=writing, start_new_session=True)
+        os.close(writing)
+        os.read(reading, 4)
+        os.close(reading)
+        code = started.wait(timeout=60)
+    assert code == 0 and (tmp_path / "done").exists()

@@ -4,6 +4,7 @@ A row of that file is one task, or as many turns of one conversation as fit into
 examples end to end, and "lengths", the number of tokens in each example's prompt and answer in turn.
 """
 
+import errno
 import gc
 import hashlib
 import json
@@ -48,6 +49,7 @@ SCHEMA = pa.schema(
 MAX_KINDS = 50  # shapes, remarks and reasons that are counted apart in a file whose every row may have other keys
 SPECIAL = "special tokens' names, read as plain text,"
 LOST = "control characters that the tokenizer leaves out"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # what network file systems without locks answer
 ALONE_BYTES = 2 * 2**20  # smaller data is tokenised faster than processes start
 
 
@@ -109,8 +111,9 @@ def tokenised(
                         os.fsync(written.fileno())
                 unfinished.rename(folder)
     except OSError as error:
+        where = "on a local disk" if error.errno in NO_LOCKS else "with room"
         raise UserError(
-            f"tokenised rows cannot be stored in {folder.parent}: {one_line(error)}; give a --cache_dir with room, "
+            f"tokenised rows cannot be stored in {folder.parent}: {one_line(error)}; give a --cache_dir {where}, "
             "or use --streaming True, which stores none"
         ) from None
     return folder

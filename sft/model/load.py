@@ -59,6 +59,11 @@ def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedCo
     """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{name_or_path} is a LoRA adapter, and training needs a whole model; give its merged model, which "
+                "--merge_lora True puts beside it, or the base model"
+            )
         raise UserError(
             f"{download.name_of(folder)} is a folder without config.json; expected a Hugging Face model folder "
             "(config.json, tokenizer.json, *.safetensors) or a hub id such as bigscience/bloom-560m"

@@ -4,6 +4,7 @@
 are, so a saved folder is a plain one. `remove` takes the patch off again, to generate.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -170,6 +171,12 @@ def check(model: PreTrainedModel, dtype: torch.dtype, shares_batches: bool) -> f
     alone, packed = measure_leak(model)
     model.train(was_training)
     family, limit = model.config.model_type, TOLERANCE[dtype]
+    if math.isnan(alone):
+        in_fp32 = "" if dtype == torch.float32 else ", or compute in fp32: --fp16 False --bf16 False"
+        raise UserError(
+            "the model's logits are nan or infinite before any training; if its files are damaged, download them again"
+            f", or give a checkpoint from before the loss was nan{in_fp32}"
+        )
     if not alone <= limit:
         raise UserError(
             f"{family} cannot be trained here: its logits in a flat batch are off by {alone:.2g} of the largest, and "

@@ -51,7 +51,7 @@ class StepOutcome:
 
 
 class Watch(TrainerCallback):
-    """Between steps, on all ranks at once: save and stop after SIGTERM, and stop a run that is wasted.
+    """Between steps, on all ranks at once: save and stop where asked to, and stop a run that is wasted.
 
     A GPU computes while the host goes on, and reading a loss would make the host wait until nothing is left to do.
     There each step is judged once the next one has been launched; before a save, an evaluation or the end, at once.
@@ -61,8 +61,8 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.lag = 1 if runs_ahead(device) else 0  # steps that a judgement may be late by
         self.outcomes: deque[StepOutcome] = deque()
-        self.has_sigterm = False  # this rank has got one
-        self.is_stopped = False  # some rank has got one, and all have agreed to stop
+        self.is_told = False  # this rank was asked to stop
+        self.is_stopped = False  # some rank was, and all have agreed to
         self.num_skipped = 0
         self.num_tokens, self.seconds, self.began = 0, 0.0, 0.0
 
@@ -72,12 +72,16 @@ class Watch(TrainerCallback):
         return self.num_tokens * self.trainer.args.world_size / self.seconds if self.seconds else None
 
     def on_train_begin(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Treat SIGTERM as a request to save and stop from now on, and start the clock."""
-        self.handler_before = signal.signal(signal.SIGTERM, self._take_note)
+        """Treat SIGTERM, and a terminal that closes, as a request to save and stop; start the clock.
+
+        Under nohup the closing is ignored, and stays so.
+        """
+        heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers_before = {number: signal.signal(number, self._take_note) for number in heard}
         self.began = time.perf_counter()
 
     def _take_note(self, signal_number: int, frame) -> None:
-        self.has_sigterm = True
+        self.is_told = True
 
     def on_epoch_begin(self, args: TrainingArguments, state, control, **unused) -> None:
         """Set the order's epoch, which accelerate does not do for several ranks that resume within an epoch."""
@@ -95,7 +99,7 @@ class Watch(TrainerCallback):
     def _outcome(self, step: int) -> StepOutcome:
         """Send what the step came to, summed over the ranks, to the host."""
         loss = self.trainer.step_loss
-        sums = torch.stack([loss, torch.full_like(loss, float(self.has_sigterm))])
+        sums = torch.stack([loss, torch.full_like(loss, float(self.is_told))])
         sums = self.trainer.accelerator.reduce(sums, "sum").to("cpu", non_blocking=bool(self.lag))
         arrived = torch.Event(loss.device) if self.lag else None
         if arrived is not None:
@@ -135,8 +139,9 @@ class Watch(TrainerCallback):
         self._judge(control, 0)
 
     def on_train_end(self, args: TrainingArguments, state, control, **unused) -> None:
-        """Let SIGTERM end the process again."""
-        signal.signal(signal.SIGTERM, self.handler_before)
+        """Let the signals end the process again."""
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
 
 
 def runs_ahead(device: torch.device) -> bool:

@@ -19,6 +19,8 @@ from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_i
 from sft.training.resume import RunSettings
 
 IN_USE = ".in-use"
+SHARED_MEMORY = Path("/dev/shm")  # where processes that build batches put them
+BYTES_PER_TOKEN = 64  # of a batch: ids, labels, positions and what attention needs, with some to spare
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -162,9 +164,24 @@ def num_at_once(args: TrainingArguments, schedule: Schedule) -> int:
 
 def check_room(args: TrainingArguments, settings: RunSettings, schedule: Schedule, merges_lora: bool) -> None:
     """Raise UserError if the disk has no room for a run's checkpoints and for LoRA's merged model."""
+    check_shared_memory(args)
     itemsize = args.compute_dtype.itemsize
     num_bytes = checkpoint_bytes(settings.num_trained, args.zero_stage, itemsize < 4, args.save_only_model)
     check_free(args, schedule, num_bytes, settings.num_parameters * itemsize if settings.is_lora and merges_lora else 0)
+
+
+def check_shared_memory(args: TrainingArguments) -> None:
+    """Raise UserError if processes that build batches cannot hand them over: PyTorch would wait for ever."""
+    if not args.dataloader_num_workers or not SHARED_MEMORY.exists():
+        return
+    ahead = args.dataloader_num_workers * ((args.dataloader_prefetch_factor or 2) + 1)
+    needed = args.ranks_per_host * ahead * args.train_batch_size * args.model_max_length * BYTES_PER_TOKEN
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"--dataloader_num_workers {args.dataloader_num_workers} needs about {gib(needed)} of {SHARED_MEMORY}, "
+            f"which has {gib(free)} free; type --dataloader_num_workers 0, or start the container with --shm-size 1g"
+        )
 
 
 def check_free(args: TrainingArguments, schedule: Schedule, num_bytes: int, merged_bytes: int = 0) -> None:
@@ -210,20 +227,27 @@ def writing(output_dir: str, name: str) -> Iterator[None]:
         if not no_room(error, output_dir):
             raise
         shutil.rmtree(Path(output_dir, UNFINISHED), ignore_errors=True)
+        remedy = "raise ulimit -f, or give a disk for large files," if is_too_large(error) else "free disk space"
         folder = Path(output_dir, name)
         if fault_of(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise OneRankError(
             f"{name} cannot be written to {output_dir}: {one_line(error)}; {what_is_left(output_dir)}; "
-            "free disk space and type the same command again"
+            f"{remedy} and type the same command again"
         ) from None
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Tell whether a file is larger than ulimit -f, or than the disk's file system can hold, such as 4 GiB on FAT32."""
+    return getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error)
 
 
 def no_room(error: BaseException, output_dir: str) -> bool:
     """Tell whether a full or read-only disk caused an error; libraries wrap it in errors of their own."""
     texts = ("No space left", "Disk quota", "Read-only file system")
     return (
-        getattr(error, "errno", None) in NO_ROOM
+        is_too_large(error)
+        or getattr(error, "errno", None) in NO_ROOM
         or any(text in str(error) for text in texts)
         or shutil.disk_usage(_nearest(output_dir)).free < 2**20
     )

@@ -3,7 +3,7 @@
     python -m sft.training.launch --ranks 8 train_sft.py --deepspeed ds_zero2_config.json ...
     python -m sft.training.launch --nnodes 2 --node_rank 0 --master_addr 10.0.0.1 train_sft.py ...   on each host
 
-SIGTERM and Ctrl-C reach every rank; ranks that are still running GRACE_SECONDS later (default 25) are killed.
+SIGTERM, Ctrl-C and a closing terminal reach every rank; GRACE_SECONDS later (default 25) they are killed.
 """
 
 import argparse
@@ -121,16 +121,21 @@ def pass_on(signal_number: int, grace_seconds: float) -> None:
 
 
 def listen(grace_seconds: float) -> None:
-    """Pass SIGTERM and Ctrl-C on from a thread: torchrun may be waiting for another host without handling them."""
+    """Pass signals on from a thread: torchrun may be waiting for another host without handling them.
+
+    A closing terminal is passed on too, unless nohup has it ignored.
+    """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
+    heard = [signal.SIGTERM, signal.SIGINT]
+    heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    for signal_number in heard:
         signal.signal(signal_number, lambda number, frame: None)
 
     def wait() -> None:
         while signal_number := os.read(reading, 1)[0]:
-            if signal_number in (signal.SIGTERM, signal.SIGINT):  # torchrun handles others itself
+            if signal_number in heard:  # torchrun handles others itself
                 pass_on(signal_number, grace_seconds)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -170,7 +170,9 @@ def plot_losses(log_history: Sequence[dict], path: Path) -> None:
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         if points := losses(log_history, name):
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None), title=path.parent.name)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None))
+    if path.parent.name.isascii():  # matplotlib's own font has no Chinese characters
+        axes.set_title(path.parent.name)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

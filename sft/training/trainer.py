@@ -256,19 +256,20 @@ class Trainer(transformers.Trainer):
     def train_to_the_end(self, resumed: Path | None, num_steps: int) -> TrainOutput | None:
         """Train from the start or from a checkpoint; a checkpoint of the last step is already the result.
 
-        Raises InterruptedRunError after SIGTERM, once the step it came in is saved.
+        Raises InterruptedRunError after SIGTERM or SIGHUP, once the step it came in is saved.
         """
         if resumed and checkpoints.step_of(resumed) >= num_steps:
             self.state = TrainerState.load_from_json(str(resumed / checkpoints.STATE))
             if self.is_world_process_zero():
                 print(f"{resumed} is the last one: all {self.state.global_step:,} steps are done", flush=True)
             return None
-        output = self.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with loading_told():
+            output = self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         if self.watch.is_stopped and self.state.global_step < num_steps:
             step, output_dir = self.state.global_step, self.args.output_dir
             raise InterruptedRunError(
-                f"SIGTERM received; saved {output_dir}/checkpoint-{step} after step {step:,} of {num_steps:,}; type "
-                "the same command again to resume"
+                f"SIGTERM or SIGHUP received; saved {output_dir}/checkpoint-{step} after step {step:,} of "
+                f"{num_steps:,}; type the same command again to resume"
             )
         return output
 
@@ -276,3 +277,17 @@ class Trainer(transformers.Trainer):
         """Wait for all ranks and close the process group: one open at exit can abort a rank whose work is done."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+@contextmanager
+def loading_told() -> Iterator[None]:
+    """Raise UserError where a process that builds batches was killed; PyTorch says so with its own traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{one_line(error)}: most likely memory ran out; type --dataloader_num_workers 0 to build batches without "
+            "other processes, and the same command goes on from the newest checkpoint"
+        ) from None

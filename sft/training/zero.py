@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch.utils.cpp_extension import _get_build_directory
@@ -82,6 +84,15 @@ def check_machine(offload: str, offload_dir: str | None, on_the_cpu: bool, tell:
                 f"{flag} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; install g++ and, with "
                 f"a GPU, the CUDA toolkit that torch was built for, or {instead}"
             ) from None
+
+
+def check_launched() -> None:
+    """Raise UserError if no launcher has told this process its rank; DeepSpeed would look for MPI."""
+    if "RANK" not in os.environ and not find_spec("mpi4py"):
+        raise UserError(
+            "--deepspeed needs a launcher, which tells each process its rank; type sh ds_all.sh, or python -m "
+            "sft.training.launch --ranks 1 train_sft.py with the same flags"
+        )
 
 
 def check_lock(lock: Path, tell: bool) -> None:

@@ -33,6 +33,7 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
     check_port(host, arguments.port)
     checkpoints = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
     chats = load(checkpoints, arguments.device, arguments.quantize)
+    leave_out_proxies(arguments.share)
     page, listeners = build_page(chats, checkpoints, arguments)
     for checkpoint, chat in zip(checkpoints, chats, strict=True):
         print(f"{checkpoint}: {chat}")
@@ -78,6 +79,13 @@ def build_page(
     limits = Limits(arguments.max_characters, max_new_tokens=arguments.max_new_tokens)
     answering = Answering(chats, line, limits, listeners.is_gone)
     return ChatPage(answering, [Path(each).name for each in checkpoints]), listeners
+
+
+def leave_out_proxies(share: bool) -> None:
+    """Let Gradio reach this machine's own page whatever proxy is set; only --share needs others, through the proxy."""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{os.environ.get('no_proxy', '')},{LOCAL},localhost"
+    for name in ("http_proxy", "https_proxy", "all_proxy") if not share else ():
+        os.environ.pop(name, None), os.environ.pop(name.upper(), None)
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,5 +1,7 @@
 """Tokenised rows are found again, and made anew where anything about them changed."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from sft.data.formats import Sample
 from sft.data.load import load_examples
 from sft.data.report import DataReport
 from sft.model.load import load_tokenizer
+from sft.program import UserError
 
 
 @pytest.fixture(params=["bloom-tiny", "falcon-tiny"])
@@ -95,3 +98,13 @@ def test_another_tokenizer_is_noticed(make_model: Callable[[str], Path], tmp_pat
     for shape in ("bloom-tiny", "falcon-tiny"):
         load_examples(path, load_tokenizer(str(make_model(shape))), str(tmp_path / "cache"))
         assert count_encoded() == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_cache_whose_disk_has_no_locks_asks_for_a_local_one(tokenizer, tmp_path, monkeypatch, number):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; give a --cache_dir on a local disk, or"):
+        load_examples(write_rows(tmp_path / "rows.json", ("问", "答")), tokenizer, str(tmp_path / "cache"))

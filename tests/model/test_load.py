@@ -40,6 +40,11 @@ def test_folder_without_config_is_refused(tmp_path: Path):
     assert "without config.json" in error_of(load_config, tmp_path)
 
 
+def test_adapter_is_not_taken_for_a_model_to_train(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is a LoRA adapter, and training needs a whole model" in error_of(load_config, tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{bad", "", "{}", "[]", '{"model_type": "nonsense"}'])
 def test_broken_config_is_refused(tmp_path: Path, content: str):
     (tmp_path / "config.json").write_text(content)

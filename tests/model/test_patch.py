@@ -227,8 +227,10 @@ def test_logits_that_are_no_numbers_are_refused():
     model = build("bloom-tiny")
     model.transformer.ln_f.weight.data[0] = torch.nan
     patch.install(model)
-    with pytest.raises(UserError, match="off by nan"):
-        patch.check(model, torch.bfloat16, shares_batches=False)
+    for dtype, has_way_out in ((torch.bfloat16, True), (torch.float32, False)):
+        with pytest.raises(UserError, match="nan or infinite before any training; if its files are damaged") as refusal:
+            patch.check(model, dtype, shares_batches=False)
+        assert ("--fp16 False --bf16 False" in str(refusal.value)) == has_way_out
 
 
 @pytest.mark.parametrize("name", ["bloom-tiny", "falcon-tiny"])

@@ -20,6 +20,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def wait_until(is_there: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        try:
+            if is_there():
+                return
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    pytest.fail("the page did not open within a minute")
+
+
 @pytest.fixture
 def app(run: Callable, make_model: Callable[[str], Path]) -> Callable[..., tuple[int, str]]:
     """Return a function that starts app.py with flags that it refuses: its exit code and what it says."""
@@ -99,6 +111,23 @@ def test_password_on_the_command_line_is_refused_and_not_repeated(app: Callable,
     assert code == 2 and "zaubern" not in said
     assert said.startswith("error: --auth takes a file, not user:password")
     assert "type --auth FILE, or set CHAT_AUTH=user:password" in said
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks://127.0.0.1:9/"])
+def test_page_opens_whatever_proxy_the_machine_has(make_model: Callable[[str], Path], proxy: str):
+    port = free_port()
+    command = [sys.executable, "app.py", "--checkpoint", str(make_model("bloom-tiny")), "--port", str(port)]
+    proxies = {name: proxy for name in ("http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")}
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env={**os.environ, **proxies}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        process.stdout.readline(), process.stdout.readline()
+        with httpx.Client(trust_env=False) as client:
+            wait_until(lambda: client.get(f"http://127.0.0.1:{port}/config").status_code == 200, process)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_page_that_listens_asks_for_the_password(make_model: Callable[[str], Path]):

@@ -22,6 +22,7 @@ from support.project import PROJECT, SAMPLE
 FLAGS = ["--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
 ZERO_2 = ["--use_cpu", "True", "--deepspeed", str(PROJECT / "ds_zero2_config.json")]
 LAUNCHER = ["-m", "sft.training.launch", "--cpu", "--ranks", "2"]
+STOPPING = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a terminal that closes
 STEPS_TO_LIVE = 35  # at the most, of a killed run
 
 
@@ -119,8 +120,11 @@ def test_two_ranks_killed_at_random_moments_equal_never_interrupted(request, sta
     assert all(torch.allclose(whole[name], killed[name], rtol=0, atol=1e-6) for name in whole)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, start, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [(1, signal.SIGTERM), (1, signal.SIGHUP), *(pytest.param(2, each, marks=pytest.mark.slow) for each in STOPPING)],
+)
+def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(ranks, number, start, tmp_path):
     more = {"launcher": LAUNCHER} if ranks == 2 else {}
     flags = [*(ZERO_2 if ranks == 2 else []), "--max_steps", "400", "--save_steps", "300"]
     if ranks == 1:  # nothing of what an epoch ends with may come after the save
@@ -128,11 +132,12 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(ranks, star
     run = start(tmp_path, *flags, **more)
     wait_for_training(run, "{'loss'")  # of the first step
     everyone = psutil.Process(run.pid).children(recursive=True)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     stdout, stderr = run.communicate(timeout=120)
     assert not [process for process in everyone if process.is_running()]
     assert run.returncode == 75
-    told = re.search(r"^stopped: SIGTERM received; saved \S+/checkpoint-(\d+) after step \1 of 400;", stderr, re.M)
+    said = r"^stopped: SIGTERM or SIGHUP received; saved \S+/checkpoint-(\d+) after step \1 of 400;"
+    told = re.search(said, stderr, re.M)
     step = int(told[1])
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     steps_an_epoch = 27

@@ -53,6 +53,24 @@ def test_an_unknown_family_is_one_line_and_exit_code_2():
     assert (result.returncode, result.stderr) == (2, "error: FAMILY=llama; expected bloom or falcon\n")
 
 
+@pytest.mark.parametrize("script", ["base_run.sh", "ds_all.sh"])
+def test_a_script_finds_its_folder_through_a_link_and_beside_a_namesake(script, tmp_path):
+    (tmp_path / "link.sh").symlink_to(PROJECT / script)
+    (tmp_path / "elsewhere" / PROJECT.name).mkdir(parents=True)
+    for path, cwd in ((tmp_path / "link.sh", tmp_path), (f"{PROJECT.name}/{script}", PROJECT.parent)):
+        result = shell(path, "--no_such_flag", 1, cwd=cwd, CDPATH=tmp_path / "elsewhere", DEVICE="cpu")
+        assert result.returncode == 2 and "--no_such_flag" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("given", "shown"), [(None, "0"), ("3,1", "3"), ("GPU-8932f937,1", "GPU-8932f937"), ("", "")])
+def test_one_gpu_is_shown_and_none_where_all_are_hidden(monkeypatch, given, shown):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lines = (PROJECT / "base_run.sh").read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("CUDA_VISIBLE_DEVICES="))
+    text = "\n".join(["set -eu", *lines[begin : begin + 2], 'echo "[$CUDA_VISIBLE_DEVICES]"'])
+    assert shell("-c", text, **({} if given is None else {"CUDA_VISIBLE_DEVICES": given})).stdout == f"[{shown}]\n"
+
+
 def test_flags_after_the_scripts_own_reach_the_program(tmp_path):
     result = shell("base_run.sh", "--no_such_flag", "1", MODEL=tmp_path)
     assert result.returncode == 2 and "--no_such_flag" in result.stderr

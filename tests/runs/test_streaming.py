@@ -67,14 +67,15 @@ def arguments(make_model: Callable[[str], Path], tmp_path: Path) -> Callable[...
 @pytest.fixture
 def refused(arguments: Callable, tmp_path: Path, monkeypatch, capfd) -> Callable[..., str]:
     """Return a function that runs the program in this process to its error, and gives the line it prints of it."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def refused(data: Path, *flags: object) -> str:
         given = arguments(data, tmp_path / "run", "--use_cpu", "True", "--report_to", "none", *flags)
         monkeypatch.setattr(sys, "argv", given)
         with pytest.raises(SystemExit) as ended:
             run_program(train_sft.main)
-        signal.signal(signal.SIGTERM, handler)  # where training had begun
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # where training had begun
         assert ended.value.code == 2
         [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert not list((tmp_path / "run").rglob("*.safetensors"))

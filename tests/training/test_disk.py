@@ -315,7 +315,7 @@ def test_other_errors_pass_through_unchanged(tmp_path: Path, error: Exception):
     assert names_in(tmp_path) == ["unfinished"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
 def test_a_full_disk_is_known_by_its_number_or_its_words(tmp_path: Path, number: int):
     assert disk.no_room(OSError(number, "something"), str(tmp_path))
     assert disk.no_room(RuntimeError(f"I/O error: {os.strerror(number)}"), str(tmp_path))

@@ -120,7 +120,7 @@ def test_an_address_that_no_one_has_is_refused():
 @pytest.fixture
 def settings_of_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[list[str], dict[str, str]]]]:
     """Return a function that gives the command line of torchrun and what main adds to the environment."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     wakeup = signal.set_wakeup_fd(-1)
     logger = logging.getLogger("torch.distributed.elastic")
     level = logger.level
@@ -131,7 +131,7 @@ def settings_of_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
         given, os.environ = [], dict(before)
         monkeypatch.setattr(launch.torchrun, "main", given.extend)
         monkeypatch.setattr(sys, "argv", ["launch", *arguments, "train.py"])
-        for number in handlers:
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         launch.main()
         return given, {name: value for name, value in os.environ.items() if name not in before}
@@ -159,7 +159,7 @@ def test_hosts_talk_over_the_interface_that_leads_to_the_first(settings_of_ranks
 
 
 @pytest.mark.parametrize(("environment", "seconds"), [({}, 25), ({"GRACE_SECONDS": "0.5"}, 0.5)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_with_seconds_to_end_in(settings_of_ranks, monkeypatch, environment, seconds, number):
     passed_on = []
     monkeypatch.setattr(launch, "pass_on", lambda *given: passed_on.append(given))
@@ -285,14 +285,14 @@ def end(number, frame):
     time.sleep(0.7)
     open(f'{sys.argv[1]}/saved-{rank}', 'w').write(signal.Signals(number).name)
     sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, end)
 open(f'{sys.argv[1]}/ready-{rank}', 'w')
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_every_rank_and_each_ends_in_its_own_time(start, tmp_path, number):
     launcher = start(SAVE_AND_END, tmp_path, GRACE_SECONDS="600")
     wait_for([tmp_path / "ready-0", tmp_path / "ready-1"])

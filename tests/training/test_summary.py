@@ -1,5 +1,7 @@
 """What a run says of itself."""
 
+import warnings
+
 import pytest
 from datasets import Dataset
 
@@ -91,6 +93,15 @@ def test_losses_are_drawn_even_where_nothing_was_logged(tmp_path):
     for logged in (history, []):
         plot_losses(logged, tmp_path / "curve.png")
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_curve_in_a_folder_with_a_chinese_name_needs_no_chinese_font(tmp_path):
+    folder = tmp_path / "输出"
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_losses([{"step": 1, "loss": 2.0}], folder / "curve.png")
+    assert (folder / "curve.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from sft.program import UserError, WastedRunError
 from sft.training import callbacks, checkpoints
 from sft.training.callbacks import MAX_SKIPPED_STEPS, Watch, what_is_wasted
 from sft.training.disk import checkpoint_bytes, size_of
-from sft.training.trainer import Trainer
+from sft.training.trainer import Trainer, loading_told
 from support.project import SAMPLE
 
 
@@ -86,7 +88,7 @@ def test_a_wish_to_end_is_met_at_once_when_it_is_read_and_the_steps_on_the_way_a
     trainer.args = SimpleNamespace(output_dir=str(tmp_path), world_size=1)
     trainer.accelerator.optimizer_step_was_skipped = False
     watching = Watch(trainer, torch.device("cpu"))
-    watching.lag, watching.has_sigterm = 1, True
+    watching.lag, watching.is_told = 1, True
     saves = []
     for step in range(2):
         trainer.step_loss += 1.0
@@ -96,6 +98,36 @@ def test_a_wish_to_end_is_met_at_once_when_it_is_read_and_the_steps_on_the_way_a
     assert saves == [(False, False, 1), (True, True, 0)]
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["in a terminal", "under nohup"])
+def test_a_terminal_that_closes_ends_a_run_unless_nohup_has_it_ignored(before):
+    watching = Watch(SimpleNamespace(), torch.device("cpu"))
+    handler = signal.signal(signal.SIGHUP, before)
+    try:
+        watching.on_train_begin(None, None, None)
+        has_own_handler = signal.getsignal(signal.SIGHUP) != before
+        watching.on_train_end(None, None, None)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert has_own_handler == (before == signal.SIG_DFL)
+
+
+class KillsItself(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_builds_batches_is_told_in_one_line():
+    with pytest.raises(UserError, match=r"SIGKILL|Killed|exited unexpectedly") as caught, loading_told():
+        next(iter(torch.utils.data.DataLoader(KillsItself(), num_workers=1)))
+    assert "type --dataloader_num_workers 0 " in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="odd"), loading_told():
+        raise RuntimeError("odd")
+
+
 def test_tokens_per_second_are_by_the_time_from_step_to_step_without_evaluations_and_saves(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
@@ -103,7 +135,6 @@ def test_tokens_per_second_are_by_the_time_from_step_to_step_without_evaluations
     trainer.args = SimpleNamespace(output_dir=str(tmp_path), world_size=1)
     trainer.accelerator.optimizer_step_was_skipped = False
     watching, state = Watch(trainer, torch.device("cpu")), SimpleNamespace(global_step=1)
-    watching.handler_before = None
     watching.on_train_begin(trainer.args, state, None)
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
     for seconds_of_loading, seconds_of_step, what_follows in (
