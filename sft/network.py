@@ -12,6 +12,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNo
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
 
+from sft.program import one_line
+
 CHUNK_BYTES = 2**17  # what is lost where a connection is cut; huggingface_hub's 10 MiB may never be reached
 NO_ROOM = "Not enough free disk space to download the file"  # huggingface_hub's warning
 AGAIN = "type the same command again"
@@ -27,7 +29,11 @@ def hindrance() -> tuple[str, str] | None:
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
-    if not answers(constants.ENDPOINT):
+    try:
+        is_there = answers(constants.ENDPOINT)
+    except (ValueError, ImportError) as error:  # httpx's, of a proxy's scheme and of a package that SOCKS takes
+        return f"a proxy cannot be used ({one_line(error)})", "unset ALL_PROXY and set HTTPS_PROXY to http://HOST:PORT"
+    if not is_there:
         return f"{constants.ENDPOINT} cannot be reached", "set HF_ENDPOINT to a mirror"
     # The warning comes before the first byte, and the download would go on until the disk is full.
     warnings.filterwarnings("error", NO_ROOM)

@@ -136,3 +136,14 @@ def test_nothing_is_asked_where_the_user_forbids_it(here: Hub, monkeypatch: pyte
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert network.hindrance() == ("HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
     assert here.requests == []
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch, proxy: str):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    why, remedy = network.hindrance()
+    assert why.startswith("a proxy cannot be used (") and "HTTPS_PROXY" in remedy
