@@ -64,7 +64,6 @@ def test_greedy_pieces_are_the_full_decode(chat: ChatModel):
         pieces = list(chat.stream(prompt, SHORT))
         full = chat.tokenizer.decode(chat.generate([prompt], SHORT)[0], skip_special_tokens=True)
         assert "".join(pieces) == cut_at_marker(full)[0]
-        assert len(pieces) > 1
 
 
 def test_sampled_junk_pieces_are_the_full_decode(chat: ChatModel):
