@@ -1,6 +1,6 @@
 """The library behind the scripts: seven rooms over a ground floor, imports running one way.
 
-    program  prompts  machine                   the ground floor: how programs end, the prompt's text, the hardware
+    program  prompts  machine  network          the ground floor: how programs end, the prompt's text, hardware, the hub
     data     model                              from files to token ids; from token ids to loss and gradients
     training chat                               a run from its flags to its result; a checkpoint that answers
     plan     web     tools                      what fits which card; the chat page; commands on model folders
