@@ -142,6 +142,13 @@ def test_markdown_code_and_formulas_beside_tags(page_served: Served, visit: Call
 NO_CLIPBOARD = "delete Navigator.prototype.clipboard"  # as on a page that is not served by HTTPS
 
 
+def pasted(page: playwright.Page) -> str:
+    """Return what the clipboard brings into the box."""
+    page.fill(BOX, "")
+    page.press(BOX, "Control+V")
+    return page.locator(BOX).input_value()
+
+
 @pytest.mark.parametrize("script", ["", NO_CLIPBOARD], ids=["clipboard", "no clipboard"])
 def test_what_is_copied_and_edited_is_the_text(page_served: Served, visit: Callable, say: Callable, script: str):
     answer, question = "用 `List<String>`：\n\n```\na &lt; b\n```\n\n100% <好> $x$\n", "把 <b>粗</b> 写成 2*3*4"
@@ -150,13 +157,14 @@ def test_what_is_copied_and_edited_is_the_text(page_served: Served, visit: Calla
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     ask(page, question)
     wait_for_end(page)
-    pasted = []
-    for button in (*page.get_by_label("Copy message").all(), page.locator(f"{BOT} .copy_code_button")):
+    buttons = (*page.get_by_label("Copy message").all(), page.locator(f"{BOT} .copy_code_button"))
+    for button, expected in zip(buttons, (question, answer, "a &lt; b"), strict=True):
         button.click()
-        page.fill(BOX, "")
-        page.press(BOX, "Control+V")
-        pasted.append(page.locator(BOX).input_value())
-    assert pasted == [question, answer, "a &lt; b"]
+        for _ in range(100):  # a browser copies some time after the click
+            if pasted(page) == expected:
+                break
+            page.wait_for_timeout(50)
+        assert pasted(page) == expected
     page.get_by_label("编辑").click()
     playwright.expect(page.locator(f"{USER} textarea")).to_have_value(question)
     page.locator(f"{USER} textarea").press("End")
