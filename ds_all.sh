@@ -18,8 +18,8 @@ here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0")")" && pwd)
 . "$here/setup.sh"
 set_up "$here/requirements.txt"
 
-# Threads that wait for work sleep: else, on a busy machine, they keep the cores from those that they wait for.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# Threads that wait for work soon sleep: else, on a busy machine, they keep the cores from those that they wait for.
+[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 
 # On a CPU, huge pages for PyTorch's big tensors: fewer page faults.
 export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"

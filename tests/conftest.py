@@ -26,7 +26,7 @@ WARM += ["deepspeed", "torch.distributed.run", "torch.profiler", "matplotlib.pyp
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts set it
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the scripts set it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it; else what a test imports decides who starts warm
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The linter and the tests:
-#   sh tests/run.sh                       all but the slow ones, in five minutes on two cores
-#   sh tests/run.sh --all                 every one, in ten
+#   sh tests/run.sh                       all but the slow ones
+#   sh tests/run.sh --all                 every one, in thirteen minutes on two cores
 #   sh tests/run.sh [pytest arguments]    those that the arguments select, slow or not
 line_ends=LF
 [ "$line_ends" = LF ] || { printf '%s\n' "error: $0 has Windows line ends; type sed -i 's/\r\$//' *.sh" >&2; exit 2; } #

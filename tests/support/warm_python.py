@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 
 # Read while Python starts or modules are imported.
-AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "TORCH_LOGS", "PYTHONPATH", "PYTHONWARNINGS", "LD_", "THP_")
+AT_IMPORT = (
+    "HF_",
+    "TRANSFORMERS_",
+    "OMP_",
+    "GOMP_",
+    "MKL_",
+    "TORCH_LOGS",
+    "PYTHONPATH",
+    "PYTHONWARNINGS",
+    "LD_",
+    "THP_",
+)
 
 
 def network() -> str:
