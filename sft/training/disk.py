@@ -5,6 +5,7 @@ import fcntl
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_i
 from sft.training.resume import RunSettings
 
 IN_USE = ".in-use"
+SECONDS_TO_DIE = 5  # for the ranks of a killed run
 SHARED_MEMORY = Path("/dev/shm")  # where processes that build batches put them
 BYTES_PER_TOKEN = 64  # of a batch: ids, labels, positions and what attention needs, with some to spare
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -111,18 +113,32 @@ def check_shared(args: TrainingArguments) -> None:
 def claim(output_dir: str) -> None:
     """Make the output folder and lock it for this process until it ends.
 
+    A run that was killed just before may have ranks that die some seconds after its launcher: they are waited for.
     Raises OneRankError if another run has locked it: both would write and delete the same checkpoints.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(Path(output_dir, IN_USE), os.O_RDWR | os.O_CREAT)  # stays open
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while not lock(Path(output_dir, IN_USE)):
+        if time.monotonic() > deadline:
+            raise OneRankError(
+                f"--output_dir {output_dir} is in use by another run; wait for it to end, or give another folder"
+            )
+        time.sleep(0.1)
+
+
+def lock(file: Path) -> bool:
+    """Lock a file until this process ends; return False if another process has locked it, or just deleted it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)  # stays open if locked
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OneRankError(
-            f"--output_dir {output_dir} is in use by another run; wait for it to end, or give another folder"
-        ) from None
+        is_locked = os.path.samestat(file.stat(), os.fstat(descriptor))
+    except (BlockingIOError, FileNotFoundError):
+        is_locked = False
     except OSError:
-        return  # a file system without locks
+        is_locked = True  # a file system without locks
+    if not is_locked:
+        os.close(descriptor)
+    return is_locked
 
 
 def give_back(output_dir: str) -> None:

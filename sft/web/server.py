@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from sft.program import UserError
 
@@ -37,14 +38,18 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
     page, listeners = build_page(chats, checkpoints, arguments)
     for checkpoint, chat in zip(checkpoints, chats, strict=True):
         print(f"{checkpoint}: {chat}")
-    print(f"http://{LOCAL}:{arguments.port} (Ctrl-C to stop)", flush=True)
+    signal.signal(signal.SIGINT, leave)
     launch(page, listeners, host, arguments.port, list(names), arguments.share)
-    try:
-        page.blocks.block_thread()
-    finally:
-        # A reply in progress, or a waiting thread of Gradio's, would keep the process alive.
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
+    print(f"http://{LOCAL}:{arguments.port} (Ctrl-C to stop)", flush=True)
+    page.blocks.block_thread()
+
+
+def leave(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """End at Ctrl-C: a reply in progress, or a waiting thread of Gradio's, would keep the process alive.
+
+    A KeyboardInterrupt would be lost where it meets the deletion of an object.
+    """
+    os._exit(0)
 
 
 def load(checkpoints: Sequence[str], device: str, quantization: str) -> list[ChatModel]:

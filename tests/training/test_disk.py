@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -394,3 +396,33 @@ def test_the_second_host_looks_for_the_probe_of_the_first(tmp_path, monkeypatch,
         disk.check_shared(args_with(tmp_path, process_index=1))
     assert told == [(None, is_shared), (is_shared, is_shared)]
     assert probe.exists() == is_shared
+
+
+HOLDER = """
+import fcntl, sys, time
+fcntl.flock(file := open(sys.argv[1], "w"), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read(1)
+time.sleep(1)
+"""
+
+
+def test_a_folder_is_waited_for_while_its_last_run_dies(tmp_path):
+    command = [sys.executable, "-c", HOLDER, tmp_path / disk.IN_USE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        holder.stdin.write(b" "), holder.stdin.flush()
+        disk.claim(str(tmp_path))
+        assert holder.wait() == 0
+    assert not disk.lock(tmp_path / disk.IN_USE)
+
+
+def test_a_lock_file_that_its_owner_deletes_is_not_held(tmp_path, monkeypatch):
+    locks = disk.fcntl.flock
+
+    def delete_and_lock(descriptor: int, operation: int) -> None:
+        (tmp_path / "locked").unlink()
+        locks(descriptor, operation)
+
+    monkeypatch.setattr(disk.fcntl, "flock", delete_and_lock)
+    assert not disk.lock(tmp_path / "locked")
