@@ -101,8 +101,8 @@ class Answering:
                 raise RefusedError("no_text")
             if (length := sum(map(len, history))) > self.limits.max_history:
                 raise RefusedError("long_history", given=length, most=self.limits.max_history)
-            for text in history:
-                check_characters(text)
+            for message in messages[:-1]:
+                check_characters(message["content"], is_of_model=message["role"] == "assistant")
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise RefusedError if a sampling number is out of bounds or asks for too long an answer."""
@@ -124,15 +124,12 @@ class Answering:
         check_characters(question)
 
 
-def check_characters(text: str) -> None:
-    """Raise RefusedError if a text contains a control character or a lone surrogate."""
-    if bad := forbidden_character(text):
-        raise RefusedError("bad_character", character=f"U+{ord(bad):04X}")
-
-
-def forbidden_character(text: str) -> str:
-    """Return the first control character or lone surrogate of a text; empty if it has none."""
-    return next((c for c in text if c not in ALLOWED_CONTROLS and unicodedata.category(c) in ("Cc", "Cs")), "")
+def check_characters(text: str, is_of_model: bool = False) -> None:
+    """Raise RefusedError if a text contains a lone surrogate, or a control character that no model wrote."""
+    forbidden = ("Cs",) if is_of_model else ("Cc", "Cs")
+    for character in text:
+        if character not in ALLOWED_CONTROLS and unicodedata.category(character) in forbidden:
+            raise RefusedError("bad_character", character=f"U+{ord(character):04X}")
 
 
 def pause_after(seconds: float) -> float:

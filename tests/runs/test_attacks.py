@@ -283,10 +283,13 @@ def test_a_very_long_history_is_answered_without_its_oldest_turns_and_a_longer_o
 def test_what_is_no_text_is_refused(page, character: str):
     sentence = f"The text contains the control character U+{ord(character):04X}; please remove it."
     assert refusal(page, f"a{character}b") == sentence
-    for place in (0, 1):
-        history = turns(1, 1)
-        history[place]["content"] += character
-        assert refusal(page, QUESTION, history) == sentence
+    answered = {"role": "assistant", "content": "b"}
+    assert refusal(page, QUESTION, [{"role": "user", "content": f"a{character}"}, answered]) == sentence
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{character}"}
+    if character in "\ud800\udfff":
+        assert refusal(page, QUESTION, [asked, answered]) == sentence
+    else:  # a model may write it
+        assert page.ask(QUESTION, [asked, answered])
     assert page.ask("a\tb\r\nc\u200b\ufeff\U0010ffff")
 
 
