@@ -35,7 +35,7 @@ from sft.data.streaming import StreamedSequences
 from sft.model import lora, neftune, patch, quantized
 from sft.model.load import check_ids, load_config, load_model, load_tokenizer, locate
 from sft.plan import plan
-from sft.training import arguments, disk, optimization, other_names, resume, summary, zero
+from sft.training import arguments, disk, optimization, other_names, ownership, resume, summary, zero
 from sft.training.arguments import DataArguments, ModelArguments, PlanArguments, TrainingArguments
 from sft.training.model_card import model_card
 from sft.training.trainer import Trainer
@@ -181,7 +181,7 @@ def main() -> None:
     model_args, data_args, plan_args, training_args = parse_arguments()
     arguments.settle(data_args, training_args)
     arguments.check(model_args, data_args, plan_args, training_args)
-    with disk.claimed(training_args):
+    with ownership.claimed(training_args):
         location = locate(model_args.model_name_or_path, training_args.cache_dir)
         config = load_config(location, training_args.cache_dir)
         quantized.check_trainable(model_args.model_name_or_path, config)
@@ -203,7 +203,7 @@ def main() -> None:
         schedule = training_args.schedule(train_dataset.num_sequences)
         settings = resume.settings_of(model_args, training_args, train_dataset, config, schedule.num_steps)
         optimization.check_schedule(training_args, schedule.num_steps)
-        disk.check_shared(training_args)
+        ownership.check_shared(training_args)
         resumed = resume.find(training_args, settings, schedule.num_steps)
         if resume.has_ended(training_args, resumed, schedule.num_steps):
             if training_args.process_index == 0:

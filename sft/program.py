@@ -5,11 +5,13 @@ import atexit
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -73,6 +75,7 @@ def run_program(main: Callable[[], None]) -> None:
 
     Every rank of a distributed run makes the same mistake, so only the first rank of each host prints it.
     """
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
         outlive_readers(stream)
@@ -96,6 +99,11 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, from a launcher, would print a traceback
         sys.exit(KEYBOARD_INTERRUPT)
+
+
+def expand_home(argument: str) -> str:
+    """Return an argument with the home folder for ~, which a shell leaves in --flag=~/folder and after a comma."""
+    return re.sub(r"(?:^|(?<=[=,]))~(?=/)", lambda tilde: str(Path.home()), argument)
 
 
 def outlive_readers(stream: TextIO) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sft import program
 from sft.program import (
     ArgumentParser,
     EarlyEndError,
@@ -249,3 +250,20 @@ def test_a_program_outlives_whoever_reads_its_output(tmp_path, output):
         os.close(reading)
         code = started.wait(timeout=60)
     assert code == 0 and (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("~/models/a", "HOME/models/a"),
+        ("--data=~/a.json,~/b.json", "--data=HOME/a.json,HOME/b.json"),
+        ("--output_dir=runs~/a", "--output_dir=runs~/a"),
+        ("a,b ~/c", "a,b ~/c"),
+        ("~", "~"),
+    ],
+)
+def test_the_home_folder_is_meant_where_a_shell_leaves_a_tilde(monkeypatch, given, taken):
+    monkeypatch.setenv("HOME", "/home/a b")
+    monkeypatch.setattr(sys, "argv", ["program", given])
+    program.run_program(lambda: None)
+    assert sys.argv == ["program", taken.replace("HOME", "/home/a b")]

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sft.model import download
+from sft.model import download, quantized
 from sft.model.folder import check_files
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
@@ -184,6 +184,7 @@ def load_adapter(
             f"{folder} is a LoRA adapter whose base model cannot be found: {one_line(error)}; write the path of the "
             'base model\'s folder as "base_model_name_or_path" into its adapter_config.json'
         ) from None
+    quantized.check_whole(located, config, f"into which the LoRA adapter {folder} cannot be merged")
     has_tokenizer = (Path(folder) / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else located, cache_dir=cache_dir)
     check_ids(tokenizer, config, base)

@@ -30,11 +30,20 @@ def check_trainable(name_or_path: str, config: PretrainedConfig) -> None:
 
     LoRA's result is merged into the base model's weights, which rounds it away too.
     """
+    check_whole(
+        name_or_path,
+        config,
+        "which can neither be trained nor have LoRA merged into them",
+        "; QLoRA quantizes it while loading: --lora_r 16 --load_in_4bit True",
+    )
+
+
+def check_whole(name_or_path: str, config: PretrainedConfig, but: str, advice: str = "") -> None:
+    """Raise UserError if a model's weights are quantized; `but` says what such weights cannot do."""
     if method := method_of(name_or_path, config):
         raise UserError(
-            f"{name_or_path} holds {method} weights, which can neither be trained nor have LoRA merged into them; "
-            f"give the model that they were made from, {_such_as(config)}; QLoRA quantizes it while loading: "
-            "--lora_r 16 --load_in_4bit True"
+            f"{name_or_path} holds {method} weights, {but}; give the model that they were made from, "
+            f"{_such_as(config)}{advice}"
         )
 
 

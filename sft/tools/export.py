@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from sft.model import quantized
 from sft.model.load import load_adapter, load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, one_line, run_program
 from sft.training import checkpoints
@@ -47,6 +48,7 @@ def load(folder: Path) -> PreTrainedModel:
     """
     if (adapter := load_adapter(str(folder), torch.float32)) is not None:
         return adapter[0]
+    quantized.check_whole(str(folder), load_config(str(folder)), "which cannot be exported in another dtype")
     if not (folder / "latest").exists():
         return load_model(str(folder), torch.float32)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

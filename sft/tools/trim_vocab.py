@@ -29,6 +29,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from sft import prompts
 from sft.data.load import load_examples
 from sft.data.report import print_data
+from sft.model import quantized
 from sft.model.load import load_config, load_model, load_tokenizer, locate
 from sft.program import ArgumentParser, UserError, run_program
 from sft.training.disk import new_model_folder
@@ -242,6 +243,7 @@ def trim(name: str, data: str, folder: Path, keep_top: int | None, max_length: i
     """
     location = locate(name, cache_dir)
     config, tokenizer = load_config(location, cache_dir), load_tokenizer(location, max_length, cache_dir)
+    quantized.check_whole(location, config, "which cannot be cut to fewer tokens")
     merges = Merges(state_of(tokenizer))
     examples, report = load_examples(data, tokenizer, cache_dir, "--data")
     print_data("data", report)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import _get_build_directory
 from transformers import PretrainedConfig
 
@@ -73,7 +74,7 @@ def check_machine(offload: str, offload_dir: str | None, on_the_cpu: bool, tell:
     for builder, flag, instead in wanted:
         folder = Path(_get_build_directory(builder.name, verbose=False))
         check_lock(folder / "lock", tell)
-        if tell and not (folder / f"{builder.name}.so").exists():
+        if tell and not _is_built(folder / f"{builder.name}.so"):
             print(f"building DeepSpeed's {builder.name}, some minutes, once, into {folder}", flush=True)
         try:
             builder.load(verbose=False)
@@ -84,6 +85,11 @@ def check_machine(offload: str, offload_dir: str | None, on_the_cpu: bool, tell:
                 f"{flag} needs DeepSpeed's {builder.name}, which cannot be built here: {reason}; install g++ and, with "
                 f"a GPU, the CUDA toolkit that torch was built for, or {instead}"
             ) from None
+
+
+def _is_built(library: Path) -> bool:
+    """Tell whether an extension was built for the torch that is installed now."""
+    return library.exists() and library.stat().st_mtime > Path(torch.version.__file__).stat().st_mtime
 
 
 def check_launched() -> None:

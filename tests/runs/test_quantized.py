@@ -6,6 +6,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from support.project import SAMPLE
 
@@ -14,22 +16,16 @@ STORED = {
     "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
+TRAIN = ["train_sft.py", "--data_path", SAMPLE, "--output_dir", "{output}", "--model_name_or_path", "{folder}"]
 PROGRAMS = {
-    "fine-tuning": ["train_sft.py", "--data_path", SAMPLE, "--output_dir", "{output}", "--model_name_or_path"],
-    "LoRA": [
-        "train_sft.py",
-        "--lora_r",
-        "4",
-        "--data_path",
-        SAMPLE,
-        "--output_dir",
-        "{output}",
-        "--model_name_or_path",
-    ],
-    "the plan": ["train_sft.py", "--plan", "--data_path", SAMPLE, "--output_dir", "{output}", "--model_name_or_path"],
-    "the terminal": ["-m", "sft.chat"],
-    "the terminal in 8 bits": ["-m", "sft.chat", "--quantize", "int8"],
-    "the page": ["app.py", "--port", "{port}", "--checkpoint"],
+    "fine-tuning": TRAIN,
+    "LoRA": [*TRAIN, "--lora_r", "4"],
+    "the plan": [*TRAIN, "--plan"],
+    "the terminal": ["-m", "sft.chat", "{folder}"],
+    "the terminal in 8 bits": ["-m", "sft.chat", "--quantize", "int8", "{folder}"],
+    "a smaller vocabulary": ["-m", "sft.tools.trim_vocab", "--data", SAMPLE, "{folder}", "{output}"],
+    "the export": ["-m", "sft.tools.export", "{folder}", "{output}"],
+    "the page": ["app.py", "--port", "{port}", "--checkpoint", "{folder}"],
 }
 
 
@@ -42,9 +38,26 @@ def test_a_quantized_model_is_one_line(method: str, program: str, run, make_mode
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(word).format(output=tmp_path / "output", port=port) for word in PROGRAMS[program]]
-    result = run(*words, folder)
+    words = [str(word).format(folder=folder, output=tmp_path / "output", port=port) for word in PROGRAMS[program]]
+    result = run(*words)
     assert result.returncode == 2, result.stderr
     line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"error: {folder} holds 4-bit {method} weights, ") and "bigscience/bloom-560m; " in line
-    assert "Traceback" not in result.stderr
+    assert (
+        line.startswith(f"error: {folder} holds 4-bit {method} weights, ") and "such as bigscience/bloom-560m" in line
+    )
+    assert "Traceback" not in result.stderr and not (tmp_path / "output" / "config.json").exists()
+
+
+def test_an_adapter_of_a_quantized_model_is_one_line(run, make_model, tmp_path: Path):
+    folder = Path(shutil.copytree(make_model("bloom-tiny"), tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(target_modules=["query_key_value"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": STORED["GPTQ"]}))
+    for program in (["-m", "sft.chat", tmp_path / "adapter"], ["-m", "sft.tools.export", tmp_path / "adapter", "out"]):
+        result = run(*map(str, program))
+        assert result.returncode == 2, result.stderr
+        expected = (
+            f"{folder} holds 4-bit GPTQ weights, into which the LoRA adapter {tmp_path / 'adapter'} cannot be merged"
+        )
+        assert result.stderr.splitlines()[-1].startswith(f"error: {expected}")

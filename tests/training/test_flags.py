@@ -41,6 +41,8 @@ def settle(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     given = ["--model_name_or_path", "nowhere", "--data_path", "nothing", "--output_dir", "never"]
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *given, *shlex.split(words)])
+    for name in ("is_torch_bf16_gpu_available", "is_torch_tf32_available"):  # cached from tests that pretend a GPU
+        monkeypatch.setattr(flags, name, lambda: False)
     model_args, data_args, plan_args, training_args = train_sft.parse_arguments()
     arguments.settle(data_args, training_args)
     arguments.check(model_args, data_args, plan_args, training_args)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -206,9 +207,13 @@ def test_ranks_on_the_cpu_build_what_they_share_memory_by(build):
 def test_a_first_build_is_told_before_it_begins_and_a_later_one_is_not(build, builds, capfd):
     build()
     assert capfd.readouterr().out == f"building DeepSpeed's cpu_adam, some minutes, once, into {builds / 'cpu_adam'}\n"
-    (builds / "cpu_adam" / "cpu_adam.so").touch()
+    library = builds / "cpu_adam" / "cpu_adam.so"
+    library.touch()
     build()
     assert capfd.readouterr().out == ""
+    os.utime(library, (Path(torch.version.__file__).stat().st_mtime - 1,) * 2)  # torch was upgraded since
+    build()
+    assert "building DeepSpeed's cpu_adam" in capfd.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
