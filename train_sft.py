@@ -120,10 +120,11 @@ def make_data(
     if data_args.streaming:
         train_dataset = stream(data_args, training_args, tokenizer)
     elif data_args.packing:
-        train_dataset = PackedSequences(samples, training_args.model_max_length, training_args.seed)
+        length, seed = training_args.model_max_length, training_args.seed
+        train_dataset = PackedSequences(samples, length, seed, data_args.share_prefixes)
     else:
-        train_dataset = SampleSequences(samples)
-    return train_dataset, SampleSequences(held_out) if held_out is not None else None, reports
+        train_dataset = SampleSequences(samples, data_args.share_prefixes)
+    return train_dataset, SampleSequences(held_out, data_args.share_prefixes) if held_out is not None else None, reports
 
 
 def report_data(data_args: DataArguments, training_args: TrainingArguments, reports: dict[str, DataReport]) -> None:
@@ -158,6 +159,7 @@ def stream(
         notes=Path(training_args.output_dir, NOTES),
         max_bad_fraction=data_args.max_bad_fraction,
         is_packed=data_args.packing,
+        shares_prefixes=data_args.share_prefixes,
         shuffle=training_args.train_sampling_strategy == "random",
         seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         rank=training_args.process_index,
@@ -189,6 +191,7 @@ def main() -> None:
         if plan_args.plan:
             print(plan.show(run))
             return
+        data_args.share_prefixes &= patch.can_share_prefixes(config)
         if data_args.packing and training_args.chooses_batch_size:
             training_args.set_batch_size(plan.batch_size(run))
         tokenizer = load_tokenizer(location, training_args.model_max_length, training_args.cache_dir)
@@ -216,12 +219,13 @@ def main() -> None:
         trainer = Trainer(
             model=model,
             args=training_args,
-            data_collator=flatten,
+            data_collator=partial(flatten, share_prefixes=data_args.share_prefixes),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             settings=settings,
             shares_batches=shares_batches(data_args, training_args, reports),
+            shares_prefixes=data_args.share_prefixes,
             merges_lora=model_args.merge_lora,
         )
         if trainer.is_world_process_zero():

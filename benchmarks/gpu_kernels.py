@@ -68,11 +68,12 @@ def attended(packed: torch.Tensor, row: FlatBatch, rotations: Rotations | None) 
     """Return attention by its formula, with every score there at once, in the dtype of `packed`."""
     query, key, value = split(packed, rotations)
     key, value = (heads.expand(-1, query.shape[1], -1, -1) for heads in (key, value))
-    ids, places = row.example_ids, torch.arange(packed.shape[1], device=packed.device)
+    places = torch.arange(packed.shape[1], device=packed.device)
+    is_seen = (places <= places[:, None]) & (places[:, None] < row.subtree_ends[0])
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if row.key_bias is not None:
         scores = scores + row.key_bias.to(packed.dtype)[None, :, None]
-    scores = scores.masked_fill((ids[:, None] != ids) | (places > places[:, None]), -math.inf)
+    scores = scores.masked_fill(~is_seen, -math.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
@@ -90,9 +91,9 @@ def attend_strided(packed: torch.Tensor, row: FlatBatch, rotations: Rotations | 
 
 
 def ways_to_attend(given: Given) -> dict[str, Callable]:
-    """Return attention by blocks and for strided views where FlexAttention runs, else example by example."""
+    """Return attention by blocks and for strided views where FlexAttention runs, else path by path."""
     if not attention.has_flex_attention(given.device):
-        return {"by examples": attention.attend_by_examples}
+        return {"by paths": attention.attend_by_paths}
     return {"by blocks": attention.attend_by_blocks, STRIDED: attend_strided}
 
 
@@ -183,7 +184,7 @@ def variants(given: Given, is_grouped: bool) -> Iterator[tuple[str, Callable, Ab
     yield "by blocks, prescaled", ways["by blocks"], setting(KERNEL_OPTIONS={"PRESCALE_QK": True})
     if is_grouped:
         yield "by blocks, keys not repeated", ways["by blocks"], setting(EXPANDS_KEYS=False)
-    yield "by examples", attention.attend_by_examples, nullcontext()
+    yield "by paths", attention.attend_by_paths, nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

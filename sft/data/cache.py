@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft import prompts
-from sft.data import encode, formats, shards
+from sft.data import encode, formats, shards, trees
 from sft.data.columns import BY_NAME, NOT_READ, Columns
 from sft.data.encode import Encoder, Example
 from sft.data.formats import Sample
@@ -41,6 +41,11 @@ SCHEMA = pa.schema(
         "lengths": pa.list_(pa.int32()),
         "length": pa.int32(),  # number of tokens
         "labelled": pa.int32(),  # number of them that are trained on
+        "held": pa.int32(),  # number of tokens if what its examples begin with in common is there once
+        "begins": pa.int32(),  # tokens that it begins with as every row of its template does
+        "has_input": pa.bool_(),  # the other template
+        "continues": pa.int32(),  # tokens that it begins with and the row before, of the same conversation, has too
+        "question": pa.int64(),  # equal for rows that ask the same
         "file": pa.int32(),  # the shard, in the order of `find_shards`
         "row": pa.int64(),  # its line or index in the shard
         "digest": pa.binary(16),  # equal for rows of equal text
@@ -292,7 +297,7 @@ def encode_block(encoder: Encoder, columns: Columns, file: int, block: Block) ->
     notes = [(number, {"place": each.place, "note": f"refused: {each.reason}"}) for number, each in refused]
     arrow_rows = []
     for (number, sample), examples in zip(kept, encoder.encode([sample for _, sample in kept]), strict=True):
-        arrow_rows += _arrow_rows(sample, examples, encoder.max_length, file, number)
+        arrow_rows += _arrow_rows(encoder, sample, examples, file, number)
         if cut := dict.fromkeys(filter(None, (sample.note, *(example.note for example in examples)))):
             notes.append((number, {"place": sample.place, "note": "; ".join(cut)}))
     firsts: dict[str, list] = {}
@@ -334,18 +339,34 @@ def _record_batch(rows: Sequence[dict]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _arrow_rows(sample: Sample, examples: list[Example], max_length: int, file: int, number: int) -> Iterator[dict]:
+def _arrow_rows(encoder: Encoder, sample: Sample, examples: list[Example], file: int, number: int) -> Iterator[dict]:
     """Yield the Arrow rows of a sample: several if its examples do not fit into one."""
-    text = repr((sample.system, sample.history, sample.instruction, sample.input, sample.output, sample.untrained))
-    for part, together in enumerate(encode.group(examples, max_length)):
+    question = repr((sample.system, sample.history, sample.instruction, sample.input))
+    text, last = f"{question} {sample.output!r} {sample.untrained}", None
+    is_alone = len(examples) > 1 or examples[0].note  # what equal questions share is not told by the prompt's length
+    question_number = _number(f"{file} {number}" if is_alone else question)
+    begins = encoder.begins(examples[0], bool(sample.input))
+    for part, together in enumerate(encode.group(examples, encoder.max_length)):
         pieces = [ids for example in together for ids in (example.prompt, example.answer)]
         lengths = list(map(len, pieces))
+        several = [np.array(example.prompt + example.answer) for example in together] if len(examples) > 1 else []
+        continues, last = (trees.common(last, several[0]) if part else 0), (several or [None])[-1]
         yield {
             "input_ids": list(chain.from_iterable(pieces)),
             "lengths": lengths,
             "length": sum(lengths),
             "labelled": sum(lengths[1::2]),
+            "held": trees.size(several) if several else sum(lengths),
+            "begins": begins,
+            "has_input": bool(sample.input),
+            "continues": continues,
+            "question": question_number,
             "file": file,
             "row": number,
             "digest": hashlib.blake2b(f"{part} {text}".encode(), digest_size=16).digest(),
         }
+
+
+def _number(text: str) -> int:
+    """Return 64 bits that are equal for equal texts."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,6 +1,6 @@
-"""Sequences joined end to end into one flat batch, without padding, and the labels of their answers.
+"""Sequences joined into one flat batch, without padding, and the labels of their answers.
 
-Shapes: T = tokens of all examples in a flat batch, N = those whose next token has a label.
+Shapes: T = tokens of a flat batch, N = those that are trained on, counted in each example.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sft import IGNORE_INDEX
+from sft.data.trees import grow
 
 COLUMNS = ("input_ids", "lengths")  # of a sequence: its token ids, and the lengths of each prompt and answer in turn
 
@@ -23,22 +24,16 @@ def labels_of(row: dict) -> list[int]:
     return labels
 
 
-def flatten(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Join sequences end to end, without padding: int64 `input_ids`, `labels`, `position_ids`, each (1, T).
+def flatten(rows: Sequence[dict], share_prefixes: bool = False) -> dict[str, torch.Tensor | int]:
+    """Join sequences into one flat batch, without padding: int64 `input_ids`, `position_ids`, `subtree_ends`, (1, T).
 
-    Positions start from 0 in each example. `label_positions`, int64 (1, N), are the positions whose next token has a
-    label.
+    With `share_prefixes`, what examples begin with in common is there once, as `sft.data.trees` has it; otherwise they
+    lie end to end, and positions start from 0 in each. `label_positions`, int64 (1, N), are the places whose next token
+    is trained on, and `labels`, int64 (1, N), those tokens. `num_tokens` counts the tokens of all examples.
     """
     input_ids, lengths = (np.concatenate([row[name] for row in rows]).astype(np.int64) for name in COLUMNS)
     per_example = lengths[::2] + lengths[1::2]
-    starts = np.cumsum(per_example) - per_example
-    position_ids = np.arange(len(input_ids)) - np.repeat(starts, per_example)
-    # The first token of an example does not continue the one before it.
-    is_labelled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths) & (position_ids != 0)
-    flat = {
-        "input_ids": input_ids,
-        "labels": np.where(is_labelled, input_ids, IGNORE_INDEX),
-        "position_ids": position_ids,
-        "label_positions": np.flatnonzero(is_labelled) - 1,
-    }
-    return {name: torch.from_numpy(values)[None] for name, values in flat.items()}
+    examples = np.split(input_ids, np.cumsum(per_example)[:-1])
+    forest = grow(examples, lengths[::2].tolist(), share_prefixes)
+    flat = {name: torch.from_numpy(values)[None] for name, values in vars(forest).items()}
+    return {**flat, "num_tokens": len(input_ids)}

@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX, prompts
+from sft.data import trees
 from sft.data.formats import Sample
 from sft.program import UserError
 
@@ -69,6 +70,8 @@ class Encoder:
         if cuts_at_the_template(tokenizer):
             both = (*prompts.split_prompt("")[::2], *prompts.split_prompt("", "-")[::2])
             self.template_ids = {text: self.backend.encode(text, add_special_tokens=False).ids for text in both}
+        # What every prompt begins with, without and with an input.
+        self.beginnings = [self._beginning(""), self._beginning("x")]
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Example]]:
         """Return the examples of each sample, one per reply, each of at most `max_length` tokens."""
@@ -92,6 +95,15 @@ class Encoder:
                 example.note = _turns_note(first, last)
             examples[number].append(example)
         return examples
+
+    def _beginning(self, input: str) -> np.ndarray:
+        one, other = (np.array(self.encode_text(prompts.build_prompt(text, input))) for text in ("x", "这"))
+        return one[: trees.common(one, other)]
+
+    def begins(self, example: Example, has_input: bool) -> int:
+        """Return how many tokens an example begins with as every prompt of its template does."""
+        beginning = self.beginnings[has_input]
+        return trees.common(np.array(example.prompt[: len(beginning)], np.int64), beginning)
 
     def __reduce__(self) -> tuple:
         """Let a process that is not a fork build its own."""

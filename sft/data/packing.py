@@ -1,5 +1,6 @@
 """Examples packed into sequences of up to a fixed length, which are nearly always full."""
 
+from functools import cached_property
 from itertools import chain
 
 import datasets
@@ -7,7 +8,8 @@ import numpy as np
 
 from sft.data.cache import lengths_of
 from sft.data.collate import COLUMNS
-from sft.data.sequences import Sequences, fingerprint_of, sequence_of
+from sft.data.sequences import Sequences, evenly, fingerprint_of, sequence_of
+from sft.data.sharing import find_units
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> np.ndarray:
@@ -72,16 +74,23 @@ class PackedSequences(Sequences):
 
     is_packed = True
 
-    def __init__(self, samples: datasets.Dataset, max_length: int, seed: int = 0):
-        """Pack the samples of a data set, which have a "length" of at most `max_length`."""
+    def __init__(self, samples: datasets.Dataset, max_length: int, seed: int = 0, shares_prefixes: bool = False):
+        """Pack the samples of a data set, which have a "length" of at most `max_length`.
+
+        With `shares_prefixes`, sequences are filled by the tokens that they hold once their samples share them.
+        """
         self.samples = samples
         self.max_length = max_length
-        lengths = lengths_of(samples)
-        bins = pack(lengths, max_length, seed)
+        self.shares_prefixes = shares_prefixes
+        if shares_prefixes:
+            units = find_units(samples, max_length)
+            room = max_length - units.reserved
+            bins = pack(np.minimum(units.sizes, room), room, seed)[units.unit_of]  # a longer one is alone
+        else:
+            bins = pack(lengths_of(samples), max_length, seed)
         self.order = np.argsort(bins, kind="stable")
         self.ends = np.cumsum(np.bincount(bins))
         self.num_samples, self.num_sequences = len(samples), len(self.ends)
-        self.fill_rate = lengths.sum() / (self.num_sequences * max_length)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -106,6 +115,13 @@ class PackedSequences(Sequences):
     def samples_line(self) -> str:
         """Return the number of samples."""
         return f"{self.num_samples:,} trained on"
+
+    @cached_property
+    def fill_rate(self) -> float:
+        """Return which part of all sequences' room is filled; with shared prefixes, that of some sequences."""
+        if not self.shares_prefixes:
+            return lengths_of(self.samples).sum() / (self.num_sequences * self.max_length)
+        return np.mean([self.held_by([index]) for index in evenly(self.num_sequences)]) / self.max_length
 
     def sequences_line(self) -> str:
         """Return how many sequences there are and how full they are."""

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from sft.data import trees
 from sft.data.columns import BY_NAME, Columns
 from sft.data.encode import Encoder, group
 from sft.data.formats import Sample, read_all
@@ -37,6 +38,7 @@ class StreamedSequences(Sequences, IterableDataset):
     notes: Path  # the first rank appends one JSON line per refused row
     max_bad_fraction: float = 0.01
     is_packed: bool = False
+    shares_prefixes: bool = False
     shuffle: bool = True
     seed: int = 0
     rank: int = 0
@@ -70,10 +72,19 @@ class StreamedSequences(Sequences, IterableDataset):
                 yield {"input_ids": list(chain.from_iterable(parts)), "lengths": list(map(len, parts))}
 
     def _packed(self, samples: list[list[list[int]]]) -> Iterator[list[list[int]]]:
-        lengths = np.array([sum(map(len, parts)) for parts in samples])
-        sequence_of = pack(lengths, self.encoder.max_length, self.seed)
+        sizes, room = np.array([sum(map(len, parts)) for parts in samples]), self.encoder.max_length
+        if self.shares_prefixes:  # each sequence holds what the template begins with once
+            room -= trees.size(self.encoder.beginnings)
+            sizes = np.minimum([self._own_size(parts) for parts in samples], room)  # a longer one is alone
+        sequence_of = pack(sizes, room, self.seed)
         for sequence in np.random.default_rng(self.seed).permutation(sequence_of.max() + 1):
             yield [ids for index in np.flatnonzero(sequence_of == sequence) for ids in samples[index]]
+
+    def _own_size(self, parts: list[list[int]]) -> int:
+        """Return how many tokens the forest of a sample's examples has beside what the template begins with."""
+        examples = [np.array(prompt + answer) for prompt, answer in zip(parts[::2], parts[1::2], strict=True)]
+        begins = max(trees.common(examples[0], beginning) for beginning in self.encoder.beginnings)
+        return max(1, trees.size(examples) - begins)
 
     def _drawn(self, epoch: int) -> Iterator[Sample]:
         """Yield the samples of an epoch; (seed, epoch) decides the order of files and of samples within a buffer."""

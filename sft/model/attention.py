@@ -1,9 +1,10 @@
-"""Attention of BLOOM and Falcon over one flat batch: several examples end to end, each attending only to itself.
+"""Attention over one flat batch: several examples, each attending only to itself, and what they share computed once.
 
 Shapes: T = tokens of the flat batch, N = T / 128, H = heads, K = key-value heads (K divides H), D = size of a head.
 
 transformers' own forwards know padding but no boundaries, so examples in one sequence would read one another. Here
-each example is attended as if it were alone: causal, with positions from 0. Nothing of size (T, T) is ever held.
+each example is attended as if it were alone: causal, with positions from 0. Tokens that several examples begin with lie
+in the batch once, before all that continues them. Nothing of size (T, T) is ever held.
 """
 
 import math
@@ -17,6 +18,8 @@ from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
+
+from sft.model.node_attention import Node, NodeAttention, Part, parts_of
 
 BLOCK_SIZE = 128  # FlexAttention works on squares of 128 queries and 128 keys
 # Falcon-7b's backward would otherwise run one thread block per block of keys, which loops over 71 heads.
@@ -35,35 +38,53 @@ class FlatBatch:
     """What attention must know of a flat batch beside its hidden states; made once per forward, shared by all layers.
 
     `position_ids`, int64 (1, T), count from 0 in each example. `key_bias`, fp32 (H, T), is what ALiBi adds to the
-    scaled score of each key; it is None if the model has RoPE.
+    scaled score of each key; it is None if the model has RoPE. `subtree_ends`, int64 (1, T), is where the tokens end
+    that continue each token, as `sft.data.trees` has it; by default examples lie end to end and share nothing.
     """
 
     position_ids: torch.Tensor
     key_bias: torch.Tensor | None = None
+    subtree_ends: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.subtree_ends is None:
+            self.subtree_ends = ends_of_examples(self.position_ids)
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """Return first and past-the-last position of each example."""
-        starts = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
-        return list(zip(starts, [*starts[1:], self.position_ids.shape[1]], strict=True))
+    def nodes(self) -> list[Node]:
+        """Return the runs of tokens with one subtree's end, in the order of the batch: after those they continue."""
+        ends = self.subtree_ends[0]
+        starts = functional.pad(ends[1:] != ends[:-1], (1, 0), value=True).nonzero()[:, 0]
+        return list(zip(starts.tolist(), [*starts[1:].tolist(), len(ends)], ends[starts].tolist(), strict=True))
 
     @cached_property
-    def example_ids(self) -> torch.Tensor:
-        """Return the example that each token belongs to: int64 (T,), counted from 1."""
-        return (self.position_ids[0] == 0).cumsum(0)
+    def parts(self) -> list[Part]:
+        """Return which queries attend to which keys, node by node."""
+        return parts_of(self.nodes)
+
+    @cached_property
+    def paths(self) -> list[tuple[torch.Tensor, int]]:
+        """Return, for each node that nothing continues, the places of its path, and how many no path before it has."""
+        places = torch.arange(self.subtree_ends.shape[1], device=self.subtree_ends.device)
+        paths, done = [], 0
+        for _, end, subtree_ends in self.nodes:
+            if end == subtree_ends:
+                paths.append((places[:end][self.subtree_ends[0, :end] >= end], end - done))
+                done = end
+        return paths
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """Return which blocks of keys each block of queries meets, and the reverse, from the boundaries alone."""
-        length = len(self.example_ids)
-        # The unused tail of the last block belongs to no example.
-        blocks = functional.pad(self.example_ids, (0, -length % BLOCK_SIZE), value=-1).view(-1, BLOCK_SIZE)
-        first, last = blocks[:, 0], blocks.amax(1)
-        whole = blocks[:, -1] == first
-        row, column = torch.meshgrid(*2 * [torch.arange(len(blocks), device=blocks.device)], indexing="ij")
-        met = (column <= row) & (last[None, :] >= first[:, None])
-        # Both blocks inside one example, keys before queries: the mask needs no look at single tokens.
-        full = (column < row) & (first[None, :] == first[:, None]) & whole[:, None]
+        """Return which blocks of keys each block of queries meets, and the reverse, from the subtrees' ends alone."""
+        ends = self.subtree_ends[0]
+        length = len(ends)
+        # The unused tail of the last block is met by no query.
+        blocks = functional.pad(ends, (0, -length % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+        starts = torch.arange(len(blocks), device=ends.device) * BLOCK_SIZE
+        row, column = starts[:, None], starts[None, :]
+        met = (column < row) & (blocks.amax(1) > row) | (column == row)
+        # All queries continue all keys: the mask needs no look at single tokens.
+        full = (column < row) & (blocks.amin(1) >= row + BLOCK_SIZE)
         partial = met & ~full
         kinds = torch.stack([partial, full, partial.T, full.T])  # by queries, and by keys for the backward
         counts = kinds.sum(2, dtype=torch.int32)[:, None, None]
@@ -77,11 +98,11 @@ class FlatBatch:
 
     @property
     def mask_mod(self):
-        """Return FlexAttention's mask function: a query meets the keys of its own example up to itself."""
-        example_ids = self.example_ids
+        """Return FlexAttention's mask function: a query meets the keys that it continues, and its own."""
+        ends = self.subtree_ends[0]
 
         def mask(batch, head, query, key):
-            return (example_ids[query] == example_ids[key]) & (key <= query)
+            return (key <= query) & (query < ends[key])
 
         return mask
 
@@ -107,7 +128,7 @@ def attend(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = 
     """
     if torch.is_autocast_enabled(packed.device.type):  # 4-bit projections return the dtype they were given, fp32
         packed = packed.to(torch.get_autocast_dtype(packed.device.type))
-    attend_here = attend_by_blocks if has_flex_attention(packed.device) else attend_by_examples
+    attend_here = attend_by_blocks if has_flex_attention(packed.device) else attend_by_paths
     return attend_here(packed, flat, rotations)
 
 
@@ -152,7 +173,29 @@ def _attend_blocks(packed: torch.Tensor, rotations: Rotations | None, score_mod,
     """
     if rotations is not None:
         rotations = tuple(each.flatten(1, 2) for each in rotations)
-    query, key, value = split(packed.flatten(1, 2), rotations)
+    return _flex(*split(packed.flatten(1, 2), rotations), score_mod, block_mask, None)
+
+
+def attend_split_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flat: FlatBatch, scale: float
+) -> torch.Tensor:
+    """Attend with one FlexAttention kernel to heads that are split already, as `attend_heads` does without."""
+    blocks = [heads.transpose(1, 2).contiguous().unflatten(1, (-1, BLOCK_SIZE)) for heads in (query, key, value)]
+    return _compiled_for_split_blocks()(*blocks, flat.block_mask, scale)
+
+
+@cache
+def _compiled_for_split_blocks():
+    return torch.compile(_attend_split_blocks)
+
+
+def _attend_split_blocks(query, key, value, block_mask: BlockMask, scale: float) -> torch.Tensor:
+    heads = (each.flatten(1, 2).transpose(1, 2) for each in (query, key, value))
+    return _flex(*heads, None, block_mask, scale)
+
+
+def _flex(query, key, value, score_mod, block_mask: BlockMask, scale: float | None) -> torch.Tensor:
+    """Return the attended values (1, T, H * D) of query (1, H, T, D), key and value (1, K, T, D)."""
     num_heads, num_groups = query.shape[1], key.shape[1]
     if num_groups == 1 and EXPANDS_KEYS:
         key, value = (heads.expand(-1, num_heads, -1, -1) for heads in (key, value))
@@ -162,41 +205,54 @@ def _attend_blocks(packed: torch.Tensor, rotations: Rotations | None, score_mod,
         value,
         score_mod=score_mod,
         block_mask=block_mask,
+        scale=scale,
         enable_gqa=num_heads != key.shape[1],
         kernel_options=KERNEL_OPTIONS,
     )
     return context.transpose(1, 2).flatten(2)
 
 
-def attend_by_examples(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
-    """Attend example by example with PyTorch's causal kernel, whose memory is linear in T.
+def attend_by_paths(packed: torch.Tensor, flat: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
+    """Attend with PyTorch's causal kernels, whose memory is linear in T."""
+    query, key, value = split(packed, rotations)
+    return attend_heads(query, key, value, flat, 1 / math.sqrt(query.shape[-1]))
 
-    That kernel takes a bias only with a mask of (T, T), so ALiBi goes in as one more dimension of the head: 1 in every
-    query, the bias of the key times sqrt(D) in every key. Keys and values are repeated for each query head: on older
+
+def attend_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flat: FlatBatch, scale: float
+) -> torch.Tensor:
+    """Return the attended values (1, T, H * D) of query (1, H, T, D), key and value (1, K, T, D).
+
+    PyTorch's kernels take a bias only with a mask of (T, T), so ALiBi goes in as one more dimension of the head: 1 in
+    every query, the bias of the key by `scale` in every key. Keys and values are repeated for each query head: on older
     GPUs PyTorch has no such kernel for grouped ones, and would hold scores of (H, T, T).
     """
-    query, key, value = split(packed, rotations)
     dtype, head_dim = query.dtype, query.shape[-1]
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
     if flat.key_bias is not None:
-        bias = (flat.key_bias * math.sqrt(head_dim))[None, :, :, None]
+        bias = (flat.key_bias / scale)[None, :, :, None]
         query, key = functional.pad(query.float(), (0, 1), value=1.0), torch.cat([key.float(), bias], dim=-1)
         if query.device.type != "cpu":
             query, key = (functional.pad(heads, (0, HEAD_ALIGNMENT - 1)) for heads in (query, key))
         value = functional.pad(value.float(), (0, query.shape[-1] - head_dim))
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the bias to 16 bits
-        contexts = [
-            functional.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                is_causal=True,
-                scale=1 / math.sqrt(head_dim),
-            )
-            for start, end in flat.spans
-        ]
-    return torch.cat(contexts, dim=2)[..., :head_dim].to(dtype).transpose(1, 2).flatten(2)
+        if attends_by_nodes(query.device):
+            context = NodeAttention.apply(query, key, value, flat.parts, scale)
+        else:
+            context = torch.cat([_end_of_path(query, key, value, *path, scale) for path in flat.paths], dim=2)
+    return context[..., :head_dim].to(dtype).transpose(1, 2).flatten(2)
+
+
+def attends_by_nodes(device: torch.device) -> bool:
+    """Tell whether a device has the kernel of `sft.model.node_attention`."""
+    return device.type == "cpu"
+
+
+def _end_of_path(query, key, value, places: torch.Tensor, num_tokens: int, scale: float) -> torch.Tensor:
+    """Return the attended values of the last `num_tokens` tokens of a path, (1, H, num_tokens, D)."""
+    heads = (tensor if len(places) == tensor.shape[2] else tensor[:, :, places] for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)[:, :, -num_tokens:]
 
 
 def bloom_attention(self, hidden_states: torch.Tensor, residual: torch.Tensor, attention_mask: FlatBatch, **unused):
@@ -241,17 +297,29 @@ def key_bias(model: PreTrainedModel, position_ids: torch.Tensor) -> torch.Tensor
     return alibi[:, 0, position_ids[0]]
 
 
-def hidden_states_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def ends_of_examples(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the subtrees' ends, int64 (1, T), of examples end to end, whose positions start from 0."""
+    length = position_ids.shape[1]
+    starts = torch.arange(length, device=position_ids.device).masked_fill(position_ids[0] != 0, length)
+    return functional.pad(starts[1:], (0, 1), value=length).flip(0).cummin(0).values.flip(0)[None]
+
+
+def hidden_states_of(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    subtree_ends: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the last hidden states (1, T, H * D) of BloomModel or FalconModel over a flat batch.
 
-    `input_ids` and `position_ids` are int64 (1, T). The attention of this module must be installed.
+    `input_ids`, `position_ids` and `subtree_ends` are int64 (1, T). The attention of this module must be installed.
     """
     hidden_states = model.word_embeddings(input_ids)
     if model.config.model_type == "bloom":
         hidden_states, rotations = model.word_embeddings_layernorm(hidden_states), None
     else:
         rotations = model.rotary_emb(hidden_states, position_ids=position_ids)
-    flat = FlatBatch(position_ids, key_bias(model, position_ids))
+    flat = FlatBatch(position_ids, key_bias(model, position_ids), subtree_ends)
     for block in model.h:
         hidden_states, _ = block(hidden_states, alibi=None, attention_mask=flat, position_embeddings=rotations)
     return model.ln_f(hidden_states)

@@ -227,14 +227,15 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Return the cross entropy of each position's next token, in nats, over the labels that are not IGNORE_INDEX.
 
-    `hidden_states` are (B, T, H), `labels` int64 (B, T) and unshifted, `weight` is the head's (V, H). Summed and
-    divided by `num_items_in_batch`, by default the number of labels; zero, and with a gradient, where there is none.
-    `tied` is that of the embedding of the same hidden states; `positions` are `label_positions` of the labels.
+    `hidden_states` are (B, T, H), `labels` int64 (B, T) and unshifted, `weight` is the head's (V, H). Given the
+    `positions`, int64 (N,), that predict, of all B * T, `labels` are what each should predict, (N,). Summed and divided
+    by `num_items_in_batch`, by default the number of labels; zero, and with a gradient, where there is none. `tied` is
+    that of the embedding of the same hidden states.
     """
     if positions is None:
         positions = label_positions(labels)
-    targets = labels.flatten()[positions + 1]
-    num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
+        labels = labels.flatten()[positions + 1]
+    num_items = len(positions) if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(num_items) and num_items.device.type != "cpu":
         num_items = num_items.to(torch.float32).clamp(min=1)
     else:
@@ -242,4 +243,4 @@ def next_token_loss(
     inputs = hidden_states.flatten(0, 1).index_select(0, positions)
     if not torch.is_grad_enabled():  # the function only sees which of its inputs need a gradient
         inputs, weight = inputs.detach(), weight.detach()
-    return LinearCrossEntropy.apply(inputs, weight, targets, num_items, tied)
+    return LinearCrossEntropy.apply(inputs, weight, labels.flatten(), num_items, tied)

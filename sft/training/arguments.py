@@ -81,6 +81,10 @@ class DataArguments:
         default=False,
         metadata={"help": "Pack several examples into sequences of --model_max_length; a batch counts sequences."},
     )
+    share_prefixes: bool = field(
+        default=True,
+        metadata={"help": "Compute what examples of a batch begin with in common once; exact, and faster."},
+    )
     dedup: bool = field(default=False, metadata={"help": "Drop rows whose text has already been read."})
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Stop before training if more than this share of the rows is refused."}
@@ -271,11 +275,15 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def settle(data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Set what no flag says and another flag implies: evaluation where data are held out, no workers for a stream."""
+    """Set what no flag says and another flag implies: evaluation where data are held out, no workers for a stream.
+
+    NEFTune's noise is another one for each example, so nothing can be computed once for several.
+    """
     if data_args.holds_out and training_args.eval_strategy == "no":
         training_args.eval_strategy = IntervalStrategy.EPOCH
     if data_args.streaming and training_args.chooses_workers:
         training_args.dataloader_num_workers = 0
+    data_args.share_prefixes &= not training_args.neftune_noise_alpha
 
 
 def check(

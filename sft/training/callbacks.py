@@ -21,14 +21,15 @@ MAX_SKIPPED_STEPS = 20  # in a row, each halving the loss scale: from 2^12 to be
 class LeakCheck(TrainerCallback):
     """Before the first step: no example may see another that shares its flat batch."""
 
-    def __init__(self, shares_batches: bool):
+    def __init__(self, shares_batches: bool, shares_prefixes: bool):
         self.shares_batches = shares_batches
+        self.shares_prefixes = shares_prefixes
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: PreTrainedModel, **unused) -> None:
         """Raise UserError if the logits of packed examples are not those of each alone."""
         dtype = args.compute_dtype
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            difference = patch.check(model, dtype, self.shares_batches)
+            difference = patch.check(model, dtype, self.shares_batches, self.shares_prefixes)
         if state.is_world_process_zero:
             print(f"checked  examples have the same logits in a flat batch as alone, to {difference:.1g}", flush=True)
 

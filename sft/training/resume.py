@@ -49,6 +49,7 @@ class RunSettings:
     num_trained: int = _flag("trained parameters")
     data_fingerprint: str = _flag("the examples' hash")
     packing: bool = _flag("--packing")
+    share_prefixes: bool = _flag("--share_prefixes")
     zero_stage: int = _flag("ZERO_STAGE")
     num_processes: int | None = _flag("processes")  # None without DeepSpeed: any number may resume
     sequences_per_step: int = _flag("rows a step")
@@ -108,6 +109,7 @@ def settings_of(
         num_trained=lora.count_trained(config, lora_config) if lora_config else num_parameters,
         data_fingerprint=data.fingerprint(),
         packing=data.is_packed,
+        share_prefixes=data.shares_prefixes,
         zero_stage=args.zero_stage,
         num_processes=args.world_size if args.zero_stage else None,
         sequences_per_step=args.sequences_per_step,

@@ -35,6 +35,7 @@ def header(trainer: "Trainer", resumed: Path | None, memory: str) -> str:
         "model": model_line(trainer.model.config, trainer.settings),
         "examples": f"{data.samples_line()}, {num_held_out:,} held out",
         "packing": data.sequences_line(),
+        "shared": shared_line(args, data),
         "steps": steps_line(args, data),
         "rate": rate_line(args, data),
         "device": device_line(args, trainer.is_lora),
@@ -43,6 +44,13 @@ def header(trainer: "Trainer", resumed: Path | None, memory: str) -> str:
         "example": marked_example(trainer.processing_class, data.first()),
     }
     return "\n".join(f"{name:9}{text}" for name, text in lines.items() if text)
+
+
+def shared_line(args: TrainingArguments, data: Sequences) -> str:
+    """Return how many tokens examples share; nothing if they share none, or if that is not known."""
+    if not (part := data.shared_part(args.per_device_train_batch_size)):
+        return ""
+    return f"{part:.1%} of the tokens, which examples of a batch begin with in common, are computed once for all"
 
 
 def model_line(config: PretrainedConfig, settings: RunSettings) -> str:

@@ -37,19 +37,34 @@ def test_labels_are_the_answers_ids_in_their_places():
 
 def test_examples_are_joined_end_to_end_without_padding():
     row = flatten([example_of(3, 10), example_of(1, 20), example_of(2, 30)])
+    assert row.pop("num_tokens") == 6
     assert {name: value.tolist() for name, value in row.items()} == {
         "input_ids": [[10, 11, 12, 20, 30, 31]],
-        "labels": [[-100, 11, 12, -100, -100, 31]],
         "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "subtree_ends": [[3, 3, 3, 4, 6, 6]],
         "label_positions": [[0, 1, 4]],
+        "labels": [[11, 12, 31]],
     }
     assert all(value.dtype == torch.int64 for value in row.values())
+
+
+def test_what_examples_begin_with_is_joined_once_and_all_their_tokens_are_counted():
+    rows = [{"input_ids": [7, 8, 9, 1, 7, 8, 9, 2], "lengths": [3, 1, 2, 2]}, {"input_ids": [7, 5], "lengths": [1, 1]}]
+    row = flatten(rows, share_prefixes=True)
+    assert row.pop("num_tokens") == 10
+    assert {name: value.tolist() for name, value in row.items()} == {
+        "input_ids": [[7, 5, 8, 9, 1, 2]],
+        "position_ids": [[0, 1, 1, 2, 3, 3]],
+        "subtree_ends": [[6, 2, 6, 6, 5, 6]],
+        "label_positions": [[0, 3, 2, 3]],
+        "labels": [[5, 1, 9, 2]],
+    }
 
 
 def test_positions_count_over_prompt_and_answer_of_each_example():
     row = flatten([{"input_ids": [7, 8, 9, 10, 11, 12, 13], "lengths": [2, 1, 1, 3]}])
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert row["labels"].tolist() == [[-100, -100, 9, -100, 11, 12, 13]]
+    assert row["labels"].tolist() == [[9, 11, 12, 13]]
 
 
 def test_packed_rows_keep_their_positions():
@@ -57,7 +72,7 @@ def test_packed_rows_keep_their_positions():
     row = flatten([packed, example_of(2, 20), packed])
     assert row["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 1, 2]]
     assert row["input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21, 10, 11, 12, 13, 14]]
-    assert row["labels"].tolist() == [[-100, 11, -100, 13, 14, -100, 21, -100, 11, -100, 13, 14]]
+    assert row["labels"].tolist() == [[11, 13, 14, 21, 11, 13, 14]]
 
 
 def test_joining_leaves_the_examples_as_they_were():
@@ -87,7 +102,8 @@ def test_tokenised_rows_join_into_what_they_are_alone(tokenizer: PreTrainedToken
     joined = flatten(examples)
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(joined[name], torch.cat([row[name] for row in alone], dim=1))
-    assert torch.equal(joined["label_positions"][0], label_positions(joined["labels"]))
+    labels = torch.tensor([[label for example in examples for label in labels_of(example)]])
+    assert torch.equal(joined["label_positions"][0], label_positions(labels))
 
 
 def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], Path]):
@@ -99,5 +115,6 @@ def test_real_eos_keeps_its_label_where_pad_is_eos(make_model: Callable[[str], P
     row = flatten(examples)
     ends = [len(examples[0]["input_ids"]) - 1, row["input_ids"].shape[1] - 1]
     assert (row["input_ids"][0] == eos).nonzero().flatten().tolist() == ends
-    assert row["labels"][0, ends].tolist() == [eos, eos]
-    assert row["labels"][0].tolist() == [label for each in encode_samples(rows, tokenizer) for label in each["labels"]]
+    assert torch.isin(torch.tensor(ends) - 1, row["label_positions"]).all()
+    labels = [label for each in encode_samples(rows, tokenizer) for label in each["labels"] if label != -100]
+    assert row["labels"][0].tolist() == labels and labels.count(eos) == 2

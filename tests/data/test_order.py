@@ -56,7 +56,7 @@ def test_no_row_is_added_where_they_fit():
 def test_an_empty_row_has_a_token_and_no_label():
     flat = flatten([EvenSequences(rows_of(1), 2)[1]])
     assert flat["input_ids"].shape == (1, 1)
-    assert flat["labels"].tolist() == [[IGNORE_INDEX]]
+    assert flat["labels"].shape == flat["label_positions"].shape == (1, 0)
     # flatten takes the first label of every example away, also in a row that had one.
     assert labels_of(EvenSequences(rows_of(1), 2)[1]) == [IGNORE_INDEX]
 
@@ -67,9 +67,10 @@ def test_packed_rows_and_empty_ones_share_a_flat_batch(packed):
     first, second = packed[2], packed[0]
     flat = flatten([even[2], even[3], even[0], even[6]])
     assert flat["input_ids"].tolist() == [[*first["input_ids"], 0, *second["input_ids"], 0]]
-    for name, of_empty in (("position_ids", 0), ("labels", IGNORE_INDEX)):
-        alone = [flatten([row])[name][0].tolist() for row in (first, second)]
-        assert flat[name].tolist() == [[*alone[0], of_empty, *alone[1], of_empty]]
+    alone = [flatten([row]) for row in (first, second)]
+    positions = [row["position_ids"][0].tolist() for row in alone]
+    assert flat["position_ids"].tolist() == [[*positions[0], 0, *positions[1], 0]]
+    assert flat["labels"].tolist() == [[label for row in alone for label in row["labels"][0].tolist()]]
     # A row of one example and one of two, so that positions begin anew within a row as well.
     assert {len(first["lengths"]), len(second["lengths"])} == {2, 4}
 

@@ -124,9 +124,12 @@ def split_rows(packed: PackedSequences) -> list[tuple[list[int], list[int]]]:
     for index in range(len(packed)):
         row = packed[index]
         assert row.keys() == {"input_ids", "lengths"}
-        flat = {name: values[0].tolist() for name, values in flatten([row]).items()}
-        ids, labels, positions = flat["input_ids"], flat["labels"], flat["position_ids"]
-        assert len(ids) == len(labels) == len(positions) == sum(row["lengths"]) <= MAX_LENGTH
+        flat = flatten([row])
+        ids, positions = flat["input_ids"][0].tolist(), flat["position_ids"][0].tolist()
+        labels = torch.full((len(ids),), -100)
+        labels[flat["label_positions"][0] + 1] = flat["labels"][0]
+        labels = labels.tolist()
+        assert len(ids) == len(positions) == sum(row["lengths"]) <= MAX_LENGTH
         starts = [place for place, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             assert positions[start:end] == list(range(end - start))
@@ -190,6 +193,7 @@ def test_a_packed_row_is_as_flat_as_its_examples_joined(examples: Dataset):
         flat = flatten([packed[index]])
         expected = flatten(list(examples.select(np.flatnonzero(row_of == index))))
         assert flat.keys() == expected.keys()
+        assert flat.pop("num_tokens") == expected.pop("num_tokens")
         assert all(torch.equal(flat[name], expected[name]) for name in flat)
 
 
@@ -202,4 +206,5 @@ def test_rows_come_out_of_a_pickle_and_a_worker_the_same(examples: Dataset):
     assert len(loaded) == (len(rows) + 1) // 2
     for batch, start in zip(loaded, range(0, len(rows), 2), strict=True):
         expected = flatten(rows[start : start + 2])
+        assert batch.pop("num_tokens") == expected.pop("num_tokens")
         assert all(torch.equal(batch[name], expected[name]) for name in expected)

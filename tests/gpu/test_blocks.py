@@ -21,7 +21,7 @@ def test_blocks_and_examples_give_the_same_gradients_on_a_gpu(head_dim: int, num
     packed = torch.randn(1, sum(lengths), num_groups, num_heads // num_groups + 2, head_dim, **options)
     upstream = torch.randn(1, sum(lengths), num_heads * head_dim, **options)
     results = []
-    for attend in (attention.attend_by_blocks, attention.attend_by_examples):
+    for attend in (attention.attend_by_blocks, attention.attend_by_paths):
         inputs = packed.clone().requires_grad_()
         context = attend(inputs, FlatBatch(position_ids, bias))
         results.append([context, *torch.autograd.grad(context, inputs, upstream)])

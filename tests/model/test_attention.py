@@ -144,7 +144,7 @@ def test_blocks_and_examples_give_the_same(shape: str, lengths: tuple[int, ...],
     packed = 2 * torch.randn(1, sum(lengths), num_groups, num_heads // num_groups + 2, 8, generator=generator)
     row = FlatBatch(position_ids, attention.key_bias(model, position_ids))
     rotations = None if row.key_bias is not None else tuple(torch.randn(2, 1, sum(lengths), 8, generator=generator))
-    by_examples = attention.attend_by_examples(packed, row, rotations)
+    by_examples = attention.attend_by_paths(packed, row, rotations)
     by_blocks = attention.attend_by_blocks(packed, row, rotations)
     assert by_blocks.shape == by_examples.shape == (1, sum(lengths), num_heads * 8)
     assert off_by(by_blocks, by_examples) <= 1e-5
@@ -193,8 +193,8 @@ def test_a_query_meets_the_keys_of_its_own_example_up_to_itself():
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
-    assert row.spans == [(0, 2), (2, 5)]
-    assert row.example_ids.tolist() == [1, 1, 2, 2, 2]
+    assert row.subtree_ends.tolist() == [[2, 2, 5, 5, 5]]
+    assert row.nodes == [(0, 2, 2), (2, 5, 5)]
 
 
 def paper_slopes(num_heads: int) -> torch.Tensor:

@@ -36,10 +36,11 @@ def test_the_head_hands_its_gradient_on_in_fp32(device):
 def test_positions_and_a_number_on_the_device_change_nothing(device, num_items):
     hidden_states, weight, labels = batch(device)
     results = []
-    for positions in (None, label_positions(labels)):
+    positions = label_positions(labels)
+    for own_labels, own_positions in ((labels, None), (labels.flatten()[positions + 1], positions)):
         given = num_items.to(device) if torch.is_tensor(num_items) else num_items
         inputs = [tensor.clone().requires_grad_() for tensor in (hidden_states, weight)]
-        value = next_token_loss(*inputs, labels, given, positions=positions)
+        value = next_token_loss(*inputs, own_labels, given, positions=own_positions)
         results.append([value, *torch.autograd.grad(2 * value, inputs)])
     for found, given in zip(*results, strict=True):
         assert torch.equal(found, given)

@@ -66,9 +66,9 @@ def test_packing_is_refused_where_one_example_reads_another(
     from sft.program import run_program
 
     def one_example(row):
-        return [(0, row.position_ids.shape[1])]
+        return [(0, row.position_ids.shape[1], row.position_ids.shape[1])]
 
-    monkeypatch.setattr(attention.FlatBatch, "spans", property(one_example))
+    monkeypatch.setattr(attention.FlatBatch, "nodes", property(one_example))
     given = ["--model_name_or_path", make_model(shape), "--data_path", data, "--output_dir", tmp_path / "output"]
     given += ["--packing", "True", "--cache_dir", cache_dir]
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, given)])

@@ -233,8 +233,8 @@ def attended(packed: torch.Tensor, row: attention.FlatBatch, rotations: attentio
     query, key, value = attention.split(packed, rotations)
     repeats = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
-    ids, places = row.example_ids, torch.arange(len(row.example_ids))
-    is_seen = (ids[:, None] == ids) & (places <= places[:, None])
+    places = torch.arange(row.position_ids.shape[1])
+    is_seen = (places <= places[:, None]) & (places[:, None] < row.subtree_ends[0])
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if row.key_bias is not None:
         scores = scores + row.key_bias.to(packed.dtype)[None, :, None]
