@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,19 +51,23 @@ class Way:
     batch: tuple[int, int]  # examples, or packed rows, a forward, and forwards a step
     packed: bool = False
     ours: bool = False
+    shares: bool = False
     trl: bool = False
     environment: tuple = ()
 
 
+OURS = {"ours": True, "environment": tuple(HUGE_PAGES.items())}
 WAYS = {
     "plain": Way("plain recipe: one example per forward, 8 accumulated", (1, 8)),
     "plain-huge-pages": Way("the same with huge pages", (1, 8), environment=tuple(HUGE_PAGES.items())),
     "padded": Way("plain, padded to batches of 8", (8, 1)),
     "trl-padded": Way("TRL SFTTrainer, padded to batches of 8", (8, 1), trl=True),
-    "ours": Way("`--packing False`: 8 examples per batch", (8, 1), ours=True, environment=tuple(HUGE_PAGES.items())),
+    "ours-apart": Way("`--packing False --share_prefixes False`: 8 examples per batch", (8, 1), **OURS),
+    "ours": Way("`--packing False`", (8, 1), shares=True, **OURS),
     "plain-packed": Way("plain forward over a packed sequence", (1, 1), packed=True),
     "trl-packed": Way("TRL SFTTrainer, packed", (1, 1), packed=True, trl=True),
-    "ours-packed": Way("`--packing True`", (1, 1), packed=True, ours=True, environment=tuple(HUGE_PAGES.items())),
+    "ours-packed-apart": Way("`--packing True --share_prefixes False`", (1, 1), packed=True, **OURS),
+    "ours-packed": Way("`--packing True`", (1, 1), packed=True, shares=True, **OURS),
 }
 
 
@@ -79,13 +84,18 @@ class Meter(TrainerCallback):
         self.loss, self.losses, self.counts = 0.0, [], {}
 
     def count(self, inputs: dict) -> None:
-        """Add a batch: its tokens without padding, its labels, and the sum of its examples' squared lengths."""
+        """Add a batch: its examples' tokens, those computed, its labels, and the sum of its examples' squared lengths.
+
+        Without padding; where examples share tokens, those computed and the squares are fewer.
+        """
         labels, positions, mask = (inputs.get(name) for name in ("labels", "position_ids", "attention_mask"))
-        counts = {"tokens": labels.numel(), "labels": (labels[:, 1:] != IGNORE_INDEX).sum(), "squares": 0}
+        computed = inputs["input_ids"].numel() if mask is None else mask.sum()
+        counts = {"tokens": inputs.get("num_tokens", computed), "computed": computed, "squares": 0}
+        counts["labels"] = labels.numel() if "label_positions" in inputs else (labels[:, 1:] != IGNORE_INDEX).sum()
         if positions is not None:
             counts["squares"] = (2 * positions + 1).sum()  # n * n for an example of n tokens: the sum of odd numbers
         elif mask is not None:
-            counts |= {"tokens": mask.sum(), "squares": mask.sum(1).square().sum()}
+            counts["squares"] = mask.sum(1).square().sum()
         self.counts = {name: self.counts.get(name, 0) + number for name, number in counts.items()}
 
     def on_step_end(self, args, state, control, **unused):
@@ -110,7 +120,9 @@ class Meter(TrainerCallback):
 
 
 def make_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the shape's family, trained on the rows and kept for the next process."""
+    """Return the tokenizer that is given, or one of the shape's family, trained on the rows and kept for later."""
+    if options.tokenizer:
+        return load_tokenizer(options.tokenizer, options.max_length)
     family, vocab_size = SHAPES[options.shape].model_type, options.vocab_size or SHAPES[options.shape].vocab_size
     rows = hashlib.sha256("".join(read_texts(options.data)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"benchmark_{family}_{vocab_size}_{rows}")
@@ -170,17 +182,26 @@ def make_trainer(
         config = SFTConfig(**settings, packing=way.packed, max_length=options.max_length)
         rows = examples.select_columns(["input_ids", "labels"])
         return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
-    rows = PackedSequences(examples, options.max_length) if way.packed else examples
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
     if way.ours:
         patch.install(model)
     if way.ours and options.compile_blocks:
         patch.compile_blocks(model)
-    collate = flatten if way.ours or way.packed else pad
+    collate = partial(flatten, share_prefixes=way.shares) if way.ours else join if way.packed else pad
     arguments = TrainingArguments(**settings, remove_unused_columns=False)
-    if not way.packed:
-        rows = rows.select_columns(["input_ids", "lengths" if way.ours else "labels"])
-    return Trainer(model=model, args=arguments, data_collator=collate, train_dataset=rows)
+    if way.packed:
+        data = PackedSequences(rows, options.max_length, shares_prefixes=way.shares)
+    else:
+        data = examples.select_columns(["input_ids", "lengths" if way.ours else "labels"])
+    trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=data)
+    trainer._loss_shifts_labels = not way.ours
+    return trainer
+
+
+def join(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """Return sequences end to end as transformers' own forward takes them: the labels of all tokens, unshifted."""
+    batch = {name: flatten(rows)[name] for name in ("input_ids", "position_ids")}
+    return {**batch, "labels": torch.tensor([[label for row in rows for label in labels_of(row)]])}
 
 
 def counted(training_step: Callable, meter: Meter) -> Callable:
@@ -211,16 +232,16 @@ def measure_way(name: str, options: argparse.Namespace) -> dict:
     tokenizer = make_tokenizer(options)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = build_model(options.shape)
-    leak = patch.measure_leak(model)[1] if way.packed and not way.ours else None
+    leak = patch.measure_leak(model).packed if way.packed and not way.ours else None
     set_seed(0)
     trainer = make_trainer(way, model, tokenizer, options)
     if way.packed and way.ours:
-        leak = patch.measure_leak(model)[1]
+        leak = max(patch.measure_leak(model))
     return {**metered(trainer, options), "leak": leak}
 
 
 def model_flops(shape: str, result: dict) -> float:
-    """Return the floating-point operations that a result's tokens need, forward and backward, nothing recomputed.
+    """Return the floating-point operations of a result's tokens, forward and backward, nothing computed twice.
 
     6 for each weight of the layers and each token, 6 for each weight of the head and each label, and for attention
     12 * layers * hidden size for each pair of a token and one it sees, which are half the squares of the lengths.
@@ -230,7 +251,8 @@ def model_flops(shape: str, result: dict) -> float:
         num_parameters = build_model(shape).num_parameters()
     head = config.vocab_size * config.hidden_size
     layers = config.num_hidden_layers * config.hidden_size
-    return 6 * (num_parameters - head) * result["tokens"] + 6 * head * result["labels"] + 6 * layers * result["squares"]
+    by_token = (num_parameters - head) * result["computed"]
+    return 6 * (by_token + head * result["labels"] + layers * result["squares"])
 
 
 def table_of(saved: dict) -> str:
@@ -258,7 +280,8 @@ def table_of(saved: dict) -> str:
 
 def merge(rounds: Sequence[dict]) -> dict:
     """Return the rounds of one way as one result: sums of tokens and seconds, the largest peak."""
-    sums = {name: sum(result[name] for result in rounds) for name in ("tokens", "labels", "squares", "seconds")}
+    names = ("tokens", "computed", "labels", "squares", "seconds")
+    sums = {name: sum(result[name] for result in rounds) for name in names}
     return {
         **rounds[0],
         **sums,
@@ -281,6 +304,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--torch_compile", action="store_true", help="compile the whole model of this project's ways")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
     parser.add_argument("--vocab_size", type=int, help="entries of the trained tokenizer; by default the shape's")
+    parser.add_argument("--tokenizer", help="a tokenizer's folder; by default one is trained on the rows")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
@@ -299,7 +323,8 @@ def main() -> None:
     given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
     given += ["--max_length", options.max_length, "--rows", options.rows]
     given += [f"--{name}" for name in ("checkpointing", "compile_blocks", "torch_compile") if getattr(options, name)]
-    given += ["--vocab_size", options.vocab_size] if options.vocab_size else []
+    for name in ("vocab_size", "tokenizer"):
+        given += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
     measured: dict[str, list[dict]] = {name: [] for name in options.ways}
     for turn in range(options.rounds):
         for name in options.ways:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils._triton import has_triton
 
 from sft import IGNORE_INDEX
+from sft.model import products
 
 # Bytes of fp32 logits held at a time: little beside the memory of a GPU, or of a host that its GPU shares.
 CHUNK_BYTES, CHUNK_BYTES_ON_HOST = 1024 * 2**20, 256 * 2**20
@@ -188,12 +189,15 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.dtype != torch.float32 and _multiplies_into_fp32(left.device):
         return torch.mm(left, right, out_dtype=torch.float32)
     if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+        return products.product(left, right)
     return torch.mm(left, right).float()
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `total` plus `scale` times the product of two matrices, in place and in fp32; None counts as zeros."""
+    if left.dtype == torch.float32 and left.device.type == "cpu" and products.is_faster():
+        added = products.product(left, right * scale)
+        return added if total is None else total.add_(added)
     if left.dtype == torch.float32:
         if total is None:
             return torch.mm(left, right * scale)

@@ -17,9 +17,9 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconLinear
 
-from sft.model import attention, neftune, other_families
+from sft.model import attention, neftune, other_families, products
 from sft.model.attention import FlatBatch
 from sft.model.loss import TiedEmbedding, TiedGradient, next_token_loss
 from sft.program import UserError
@@ -27,6 +27,7 @@ from sft.program import UserError
 # Largest difference of two logits, relative to the largest logit. A leak moves logits by a tenth or more; rounding in
 # 16 bits, with another order of summation, by up to a few hundredths.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+LINEAR = (nn.Linear, FalconLinear)
 BLOCKS = (BloomBlock, FalconDecoderLayer)
 REPLACED = ("forward", "_compiled_call_impl")  # attributes of an instance that override its class's forward
 CHECKED_LENGTHS = (23, 17, 9)  # tokens of the examples that are checked; the third also begins as the first does
@@ -54,6 +55,8 @@ def install(model: PreTrainedModel) -> None:
     for module in model.modules():
         if stand_in := attention.FORWARDS.get(type(module)):
             module.forward = MethodType(stand_in, module)
+        elif type(module) in LINEAR and module is not head and products.is_faster():
+            module.forward = MethodType(products.linear, module)
         elif isinstance(module, BloomGelu):  # the same formula in one kernel, where BLOOM's takes seven
             module.forward = nn.GELU(approximate="tanh").forward
     head.forward, head.tied = MethodType(_loss_or_logits, head), None

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -43,6 +44,9 @@ FALCON_SPECIAL_TOKENS = [
 ]
 
 
+SPECIAL_TOKENS = {"bloom": BLOOM_SPECIAL_TOKENS, "falcon": FALCON_SPECIAL_TOKENS, "llama": ["<|endoftext|>"]}
+
+
 def bloom(hidden_size: int, n_layer: int, n_head: int, vocab_size: int = 250880, **fields) -> BloomConfig:
     """Return the configuration of a BLOOM; all but the sizes are BLOOM's own defaults."""
     return BloomConfig(
@@ -64,6 +68,19 @@ def falcon(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, *
         num_attention_heads=num_attention_heads,
         bos_token_id=11,
         eos_token_id=11,
+        **fields,
+    )
+
+
+def llama(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **fields) -> LlamaConfig:
+    """Return the configuration of a Llama with a tied head, as the small ones have."""
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
         **fields,
     )
 
@@ -92,16 +109,18 @@ SHAPES: dict[str, PretrainedConfig] = {
     "bloom-3b": bloom(2560, 30, 32),
     "bloom-7b1": bloom(4096, 30, 32),
     "falcon-7b": falcon(4544, 32, 71),
+    # To compare with another family: the sizes of SmolLM-135M.
+    "llama-135m": llama(576, 30, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152),
 }
 
 
 def train_tokenizer(family: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE vocabulary on `texts` with the pre-tokenizer and special tokens of `family`.
 
-    The pre-tokenizers are those of bigscience/tokenizer and tiiuae/falcon-7b, so text is split where the real ones
-    split it; the vocabulary has every byte, so it can write any text.
+    The pre-tokenizers are those of bigscience/tokenizer and tiiuae/falcon-7b, and GPT-2's for Llama, so text is split
+    where the real ones split it; the vocabulary has every byte, so it can write any text.
     """
-    special_tokens = BLOOM_SPECIAL_TOKENS if family == "bloom" else FALCON_SPECIAL_TOKENS
+    special_tokens = SPECIAL_TOKENS[family]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[family]
     tokenizer.decoder = decoders.ByteLevel()
@@ -137,6 +156,7 @@ _PRE_TOKENIZERS = {
             pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated"),
         ]
     ),
+    "llama": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 }
 
 
