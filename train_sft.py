@@ -225,7 +225,6 @@ def main() -> None:
             processing_class=tokenizer,
             settings=settings,
             shares_batches=shares_batches(data_args, training_args, reports),
-            shares_prefixes=data_args.share_prefixes,
             merges_lora=model_args.merge_lora,
         )
         if trainer.is_world_process_zero():

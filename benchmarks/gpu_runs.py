@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,7 +61,14 @@ def tokenizer_for(shape: str, given: Given) -> PreTrainedTokenizerBase:
 def options_for(shape: str, given: Given, **changed: object) -> Namespace:
     """Return what `benchmarks.throughput` is told on its command line."""
     usual = {"max_length": 256 if given.is_tiny else 2048, "warmup": 2, "steps": 2 if given.is_tiny else 8}
-    usual |= {"checkpointing": False, "vocab_size": None, "rows": 1, "compile_blocks": False, "torch_compile": False}
+    usual |= {
+        "checkpointing": False,
+        "vocab_size": None,
+        "tokenizer": None,
+        "rows": 1,
+        "compile_blocks": False,
+        "torch_compile": False,
+    }
     return Namespace(shape=shape, data=given.data, **{**usual, **changed})
 
 
@@ -200,6 +208,7 @@ def ways_to_train(shape: str) -> Iterator[tuple[str, str, dict]]:
     yield "packed, 8 sequences, compiled blocks", "ours-packed", {"rows": 8, "compile_blocks": True}
     yield "packed, 4 sequences per step", "ours-packed", {"rows": 4}
     yield "8 examples per step, not packed", "ours", {}
+    yield "packed, 8 sequences, nothing shared", "ours-packed-apart", {"rows": 8}
     if shape != "bloom-1b7":  # once is enough for what compiles for a minute
         yield "packed, 8 sequences, --torch_compile", "ours-packed", {"rows": 8, "torch_compile": True}
 
@@ -292,8 +301,9 @@ def short_run(shape: str, strategy: Strategy, rows: int, given: Given) -> dict:
     model_args = LORA if strategy.is_lora else ModelArguments("random")
     if strategy.is_lora:
         model = lora.add(model, LORA.lora_config, "", 0)
-    packed = PackedSequences(load_examples(given.data, tokenizer)[0], options.max_length)
-    keywords = {"args": args, "data_collator": flatten, "train_dataset": packed, "processing_class": tokenizer}
+    packed = PackedSequences(load_examples(given.data, tokenizer)[0], options.max_length, shares_prefixes=True)
+    collate = partial(flatten, share_prefixes=True)
+    keywords = {"args": args, "data_collator": collate, "train_dataset": packed, "processing_class": tokenizer}
     num_steps = args.schedule(packed.num_sequences).num_steps
     settings = resume.settings_of(model_args, args, packed, SHAPES[shape], num_steps)
     trainer = Trainer(model=model, settings=settings, shares_batches=True, **keywords)

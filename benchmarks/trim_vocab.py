@@ -62,6 +62,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description="Compare fine-tuning with the whole vocabulary and with a smaller one.")
     parser.add_argument("--shape", default="bloom-560m", choices=SHAPES)
     parser.add_argument("--data", default="data_proj/sample", help="instruction rows, as train_sft.py takes them")
+    parser.set_defaults(tokenizer=None)
     parser.add_argument("--vocab_size", type=int, default=CHINESE_TOKENS, help="tokens of the smaller vocabulary")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each model and round")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, not measured")

@@ -55,7 +55,8 @@ class FlatBatch:
         """Return the runs of tokens with one subtree's end, in the order of the batch: after those they continue."""
         ends = self.subtree_ends[0]
         starts = functional.pad(ends[1:] != ends[:-1], (1, 0), value=True).nonzero()[:, 0]
-        return list(zip(starts.tolist(), [*starts[1:].tolist(), len(ends)], ends[starts].tolist(), strict=True))
+        starts, subtree_ends = torch.stack([starts, ends[starts]]).tolist()  # once, since it waits for the device
+        return list(zip(starts, [*starts[1:], len(ends)], subtree_ends, strict=True))
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -65,11 +66,12 @@ class FlatBatch:
     @cached_property
     def paths(self) -> list[tuple[torch.Tensor, int]]:
         """Return, for each node that nothing continues, the places of its path, and how many no path before it has."""
-        places = torch.arange(self.subtree_ends.shape[1], device=self.subtree_ends.device)
-        paths, done = [], 0
-        for _, end, subtree_ends in self.nodes:
+        paths, path, done = [], [], 0
+        for start, end, subtree_ends in self.nodes:
+            path = [node for node in path if start < node[2]] + [(start, end, subtree_ends)]
             if end == subtree_ends:
-                paths.append((places[:end][self.subtree_ends[0, :end] >= end], end - done))
+                places = torch.cat([torch.arange(first, last) for first, last, _ in path])
+                paths.append((places.to(self.subtree_ends.device, non_blocking=True), end - done))
                 done = end
         return paths
 

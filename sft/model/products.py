@@ -14,16 +14,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+CPU_INFORMATION = Path("/proc/cpuinfo")
+
 
 @cache
 def is_faster() -> bool:
     """Tell whether oneDNN is the faster library on this machine's processor."""
-    information = Path("/proc/cpuinfo")
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and information.exists()
-        and "GenuineIntel" not in information.read_text()
+        and CPU_INFORMATION.exists()
+        and "GenuineIntel" not in CPU_INFORMATION.read_text()
     )
 
 

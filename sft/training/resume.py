@@ -49,7 +49,6 @@ class RunSettings:
     num_trained: int = _flag("trained parameters")
     data_fingerprint: str = _flag("the examples' hash")
     packing: bool = _flag("--packing")
-    share_prefixes: bool = _flag("--share_prefixes")
     zero_stage: int = _flag("ZERO_STAGE")
     num_processes: int | None = _flag("processes")  # None without DeepSpeed: any number may resume
     sequences_per_step: int = _flag("rows a step")
@@ -69,6 +68,7 @@ class RunSettings:
     adam_beta2: float = _flag("--adam_beta2")
     adam_epsilon: float = _flag("--adam_epsilon")
     neftune_noise_alpha: float | None = _flag("--neftune_noise_alpha")
+    share_prefixes: bool = _flag("--share_prefixes")
     bf16: bool = _flag("--bf16")
     fp16: bool = _flag("--fp16")
 

@@ -27,22 +27,12 @@ from sft.training.resume import RunSettings
 class Trainer(transformers.Trainer):
     """transformers' Trainer on flat batches; `shares_batches` tells that several examples may be in one.
 
-    `shares_prefixes` tells that what examples begin with may be in it once for several.
-
     With LoRA, checkpoints hold the adapter; the result is the adapter, and a plain model if `merges_lora`.
     """
 
     args: TrainingArguments
 
-    def __init__(
-        self,
-        *args,
-        settings: RunSettings,
-        shares_batches: bool,
-        shares_prefixes: bool = False,
-        merges_lora: bool = True,
-        **kwargs,
-    ):
+    def __init__(self, *args, settings: RunSettings, shares_batches: bool, merges_lora: bool = True, **kwargs):
         """Add the callbacks that check the attention before the first step, and the run between steps."""
         super().__init__(*args, **kwargs)
         self._loss_shifts_labels = False  # each of a batch's labels is trained on, the first one too
@@ -55,7 +45,7 @@ class Trainer(transformers.Trainer):
         self.order: EpochOrder | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
         self.watch = Watch(self, self.args.device)
-        self.add_callback(LeakCheck(shares_batches, shares_prefixes))
+        self.add_callback(LeakCheck(shares_batches, settings.share_prefixes))
         self.add_callback(self.watch)
 
     def _build_accelerator_args(self, **keywords) -> dict:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -179,7 +180,7 @@ def make_loader(tmp_path: Path) -> Callable[..., DataLoader]:
             args=args,
             data_collator=flatten,
             train_dataset=rows_of(7),
-            settings=None,
+            settings=SimpleNamespace(share_prefixes=False),
             shares_batches=True,
         )
         return trainer.get_train_dataloader()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft import IGNORE_INDEX
-from sft.model import attention, patch
+from sft.model import attention, patch, products
 from sft.program import UserError
 from sft.tools.random_model import build_model
 from support import examples
@@ -82,7 +82,8 @@ def replaced_forwards(model: PreTrainedModel) -> list[str]:
     ],
 )
 @torch.no_grad()
-def test_a_model_with_its_forwards_removed_is_as_it_was(name: str, modules: set[str]):
+def test_a_model_with_its_forwards_removed_is_as_it_was(name: str, modules: set[str], monkeypatch):
+    monkeypatch.setattr(products, "is_faster", lambda: False)  # whatever processor this is
     model, (example,) = build(name), make_examples(lengths=(20,))
     classes, config = [type(module) for module in model.modules()], model.config.to_dict()
     logits = model(example).logits

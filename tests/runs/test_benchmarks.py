@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import gpu, measure, throughput
 from benchmarks.throughput import Meter
+from sft.data.collate import flatten
 from support.project import PROJECT, SAMPLE
 
 
@@ -163,7 +164,7 @@ def test_the_clock_starts_when_nothing_is_compiled_any_more_and_counts_stay_on_t
     labels = torch.tensor([[-100, 4, 5]])
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host waits for the device"))
     for step in range(1, 6):
-        meter.count({"labels": labels, "position_ids": torch.arange(3)[None]})
+        meter.count({"input_ids": labels, "labels": labels, "position_ids": torch.arange(3)[None]})
         meter.loss += torch.tensor(float(step))
         meter.on_step_end(None, SimpleNamespace(global_step=step), control)
         if control.should_training_stop:
@@ -173,6 +174,18 @@ def test_the_clock_starts_when_nothing_is_compiled_any_more_and_counts_stay_on_t
     found = meter.results()
     assert (found["tokens"], found["labels"], found["squares"], found["seconds"]) == (6, 4, 18, 4.0)
     assert found["losses"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_tokens_that_examples_share_count_in_each_and_are_computed_once():
+    rows = [{"input_ids": [7, 8, 9, 7, 8, 5, 6], "lengths": [2, 1, 2, 2]}]
+    meter = Meter(warmup=0, steps=1)
+    meter.count(flatten(rows, share_prefixes=True))
+    assert {name: int(number) for name, number in meter.counts.items()} == {
+        "tokens": 7,
+        "computed": 5,
+        "labels": 3,
+        "squares": 1 + 3 + 5 + 5 + 7,
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.data.packing import pack
+from sft.data.load import load_examples
+from sft.data.packing import PackedSequences, pack
 from sft.machine import processor
+from sft.model.load import load_tokenizer
 from support.plain_loop import FIXED, HEAD, logged, plain_losses, replies_of, tensors_of
 from support.project import PROJECT, SLOW_SHAPES
 
@@ -42,6 +44,7 @@ def test_every_step_has_the_loss_of_a_plain_loop(shape, run, make_model, data, r
 def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape, run, make_model, data, rows, tmp_path):
     length = 512
     flags = ["--packing", "True", "--model_max_length", length, "--per_device_train_batch_size", 1]
+    flags += ["--share_prefixes", "False"]
     flags += ["--activation_checkpointing", shape.endswith("tiny"), "--num_train_epochs", 3]
     result = train(run, make_model(shape), data, tmp_path, *FIXED, *flags)
     tokenizer = AutoTokenizer.from_pretrained(make_model(shape))
@@ -55,6 +58,21 @@ def test_every_packed_step_has_the_loss_of_a_plain_loop_over_its_examples(shape,
         f"about {24 / len(packed):.0f} examples per step = {24 / len(packed):.1f} per sequence x 1 per device"
         in result.stdout
     )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny"])
+def test_every_step_that_shares_prefixes_has_the_loss_of_a_plain_loop(
+    shape, packing, run, make_model, data, rows, tmp_path
+):
+    flags = ["--packing", packing, "--model_max_length", 512, "--per_device_train_batch_size", 1 if packing else 4]
+    result = train(run, make_model(shape), data, tmp_path, *FIXED, *flags, "--num_train_epochs", 2)
+    assert re.search(r"^shared   \d+\.\d% of the tokens", result.stdout, re.MULTILINE), result.stdout
+    samples, _ = load_examples(str(data), load_tokenizer(str(make_model(shape)), 512), str(tmp_path))
+    packed = PackedSequences(samples, 512, 42, shares_prefixes=True)
+    batches = np.split(packed.order, packed.ends[:-1]) if packing else np.split(np.arange(24), 6)
+    steps = [[rows[index] for index in batch] for batch in batches]
+    assert logged(tmp_path) == pytest.approx(plain_losses(make_model(shape), 2 * steps), abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny"])

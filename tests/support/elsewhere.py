@@ -107,7 +107,8 @@ def compare(shape: str, dtype: torch.dtype) -> dict:
     patch.install(model), patch.install(moved)
     assert not attention.has_flex_attention(torch.device(DEVICE))
     WAITS.clear()
-    loss, gradients = loss_and_gradients(moved, {name: There(tensor) for name, tensor in batch.items()})
+    there = {name: There(each) if torch.is_tensor(each) else each for name, each in batch.items()}
+    loss, gradients = loss_and_gradients(moved, there)
     waits = list(WAITS)
     expected, expected_gradients = loss_and_gradients(model, batch)
     assert gradients.keys() == expected_gradients.keys()
