@@ -64,14 +64,14 @@ class FlatBatch:
         return parts_of(self.nodes)
 
     @cached_property
-    def paths(self) -> list[tuple[torch.Tensor, int]]:
+    def paths(self) -> list[tuple[list[slice], int]]:
         """Return, for each node that nothing continues, the places of its path, and how many no path before it has."""
         paths, path, done = [], [], 0
-        for start, end, subtree_ends in self.nodes:
-            path = [node for node in path if start < node[2]] + [(start, end, subtree_ends)]
+        for node in self.nodes:
+            start, end, subtree_ends = node
+            path = [*(before for before in path if start < before[2]), node]
             if end == subtree_ends:
-                places = torch.cat([torch.arange(first, last) for first, last, _ in path])
-                paths.append((places.to(self.subtree_ends.device, non_blocking=True), end - done))
+                paths.append(([slice(first, last) for first, last, _ in path], end - done))
                 done = end
         return paths
 
@@ -251,9 +251,9 @@ def attends_by_nodes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _end_of_path(query, key, value, places: torch.Tensor, num_tokens: int, scale: float) -> torch.Tensor:
+def _end_of_path(query, key, value, path: list[slice], num_tokens: int, scale: float) -> torch.Tensor:
     """Return the attended values of the last `num_tokens` tokens of a path, (1, H, num_tokens, D)."""
-    heads = (tensor if len(places) == tensor.shape[2] else tensor[:, :, places] for tensor in (query, key, value))
+    heads = (torch.cat([each[:, :, part] for part in path], dim=2) for each in (query, key, value))
     return functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)[:, :, -num_tokens:]
 
 

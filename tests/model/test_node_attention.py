@@ -146,7 +146,8 @@ def test_a_query_meets_the_keys_of_its_path_and_parts_meet_each_pair_once(exampl
         pairs = torch.ones(queries.stop - queries.start, keys.stop - keys.start, dtype=torch.int)
         met[queries, keys] += pairs.tril() if is_causal else pairs
     assert torch.equal(met, seen.int())
-    for path, _ in flat.paths:
+    for parts, _ in flat.paths:
+        path = torch.cat([places[part] for part in parts])
         assert torch.equal(seen[path[-1]].nonzero()[:, 0], path)
     assert sum(number for _, number in flat.paths) == length
 
