@@ -29,6 +29,7 @@ from sft.tools.random_model import build_model
 
 NUM_CONVERSATIONS = 500
 MOST_REPLIES = 8
+SMALL = "bloom-154m"  # for the seconds by replies, which are many measurements
 LONG = 500  # tokens of an example, about, where another family is compared
 WAYS = ("ours-apart", "ours", "ours-packed-apart", "ours-packed")
 PICTURE = Path(__file__).parent.parent / "images" / "replies.svg"
@@ -86,8 +87,9 @@ def compare(name: str, data: Path | str, options: argparse.Namespace, ways: tupl
 def seconds_by_replies(options: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of a forward and backward over one conversation, by the number of its replies, both ways."""
     torch.manual_seed(0)
-    tokenizer = throughput.make_tokenizer(argparse.Namespace(**vars(options), max_length=8192, tokenizer=None))
-    model, encoder = build_model(options.shape).train(), Encoder(tokenizer)
+    given = {"shape": SMALL, "data": options.data, "max_length": 8192, "tokenizer": None, "vocab_size": None}
+    tokenizer = throughput.make_tokenizer(argparse.Namespace(**given))
+    model, encoder = build_model(SMALL).train(), Encoder(tokenizer)
     patch.install(model)
     records = [conversation(random.Random(0).sample(pairs_of(options.data), n)) for n in range(1, MOST_REPLIES + 1)]
     found: dict[str, list[float]] = {"apart": [], "shared": []}
@@ -158,9 +160,9 @@ def table_of(saved: dict) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description="Compare training with and without shared prefixes.")
-    parser.add_argument("--shape", default="bloom-154m", choices=throughput.SHAPES)
+    parser.add_argument("--shape", default="bloom-560m", choices=throughput.SHAPES)
     parser.add_argument("--data", required=True, help="instruction rows, as train_sft.py takes them")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each way and round")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each way and round")
     parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured, in turn")
     parser.add_argument("--vocab_size", type=int, help="entries of the trained tokenizer; by default the shape's")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")

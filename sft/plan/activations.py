@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from sft.model import attention, lora, patch
+from sft.model import attention, lora, other_families, patch
 from sft.model.attention import FlatBatch, Rotations, split
 
 PROBE_TOKENS = (32, 64)
@@ -155,13 +155,13 @@ class Probe:
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Attend as on the GPU: FlexAttention keeps query, key, value and output, and has no wider heads."""
-        own = attention.attend
+        own = attention.attend, other_families.attend_heads
         if self.load.is_gpu and self.load.attends_by_blocks:
-            attention.attend = _attend_as_flex
+            attention.attend, other_families.attend_heads = _attend_as_flex, _attend_heads_as_flex
         try:
             yield
         finally:
-            attention.attend = own
+            attention.attend, other_families.attend_heads = own
 
 
 def _norm_as_autocast_on_a_gpu(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,12 @@ def _norm_as_autocast_on_a_gpu(self, hidden_states: torch.Tensor) -> torch.Tenso
 def _attend_as_flex(packed: torch.Tensor, row: FlatBatch, rotations: Rotations | None = None) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
         packed = packed.to(torch.get_autocast_dtype("cpu"))
-    query, key, value = split(packed, rotations)
+    return _attend_heads_as_flex(*split(packed, rotations), row, None)
+
+
+def _attend_heads_as_flex(query, key, value, row: FlatBatch, scale: float | None) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    context = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    context = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+    )
     return context.transpose(1, 2).flatten(2)

@@ -58,6 +58,17 @@ def test_attention_by_blocks_is_attention_forward_and_backward(heads: str):
     assert any(re.search(r"Q_LEN = 128\*ks\d", source) for source in sources)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", ["64,fp32", "8:2,fp16"])
+def test_attention_of_heads_that_another_family_splits_is_attention_too(heads: str):
+    found = interpret("split attention", heads)
+    kernels = found.pop("kernels")
+    assert len(found) == 4 and any("backward" in name for name in kernels)
+    assert [name for name, error in found.items() if not error <= TOLERANCE[heads.split(",")[1]]] == [], found
+    for source in (source for name, source in kernels.items() if name.startswith("triton_tem")):
+        assert "IS_DIVISIBLE : tl.constexpr = True" in source
+
+
 def test_the_softmax_of_a_chunk_is_one_kernel_that_reads_the_logits_twice():
     found = interpret("loss", "any")
     kernels = found.pop("kernels")

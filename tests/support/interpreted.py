@@ -221,6 +221,9 @@ HEADS = {"64": (2, 2, 64), "80": (2, 2, 80), "128": (2, 2, 128), "71:1": (71, 1,
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter, which is NumPy's, has no bf16
 # Boundaries inside of blocks and across them, and the single tokens that fill a row.
 LENGTHS = [7, 120, 1, 130, 60, 50] + 16 * [1]
+# The second run of tokens is continued by the third and by the fourth, the fifth by all that come after it.
+BEFORE = [0, 0, 120, 120, 0, 60] + 16 * [60]
+ENDS = [7, 258, 128, 258, 384, *range(368, 385)]
 
 
 def off_by(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -230,14 +233,18 @@ def off_by(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attended(packed: torch.Tensor, row: attention.FlatBatch, rotations: attention.Rotations | None) -> torch.Tensor:
     """Return attention by its formula, every score there at once, in the dtype of `packed`."""
-    query, key, value = attention.split(packed, rotations)
+    return attended_heads(*attention.split(packed, rotations), row)
+
+
+def attended_heads(query, key, value, row: attention.FlatBatch) -> torch.Tensor:
+    """Return attention of heads that are split already, as `attended` does."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
     places = torch.arange(row.position_ids.shape[1])
     is_seen = (places <= places[:, None]) & (places[:, None] < row.subtree_ends[0])
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if row.key_bias is not None:
-        scores = scores + row.key_bias.to(packed.dtype)[None, :, None]
+        scores = scores + row.key_bias.to(query.dtype)[None, :, None]
     return (scores.masked_fill(~is_seen, -math.inf).softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
@@ -249,14 +256,17 @@ def run_attention(name: str) -> dict:
     attention._compiled_for_blocks = lambda: attend
     torch.manual_seed(0)
     found = {}
-    for lengths, has_gradient in (([100, 28], False), (LENGTHS, True)):
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    plain, forest = ([100, 28], [0, 0], [100, 128]), (LENGTHS, BEFORE, ENDS)
+    for (lengths, before, ends), has_gradient in ((plain, False), (forest, True)):
+        runs = zip(lengths, before, strict=True)
+        positions = torch.cat([torch.arange(length) + start for length, start in runs])[None]
+        ends = torch.tensor(ends).repeat_interleave(torch.tensor(lengths))[None]
         size = (1, positions.shape[1], num_groups, num_heads // num_groups + 2, head_dim)
         packed = torch.randn(size, dtype=DTYPES[dtype], requires_grad=has_gradient)
         bias = torch.randn(num_heads, 1) * positions[0] if num_groups == num_heads else None
         angles = positions[..., None] * torch.rand(head_dim // 2).repeat(2)
         rotations = None if bias is not None else (angles.cos(), angles.sin())
-        row = attention.FlatBatch(positions, bias)
+        row = attention.FlatBatch(positions, bias, ends)
         with torch.set_grad_enabled(has_gradient):
             output = attention.attend_by_blocks(packed, row, rotations)
         exact = packed.detach().double().requires_grad_(has_gradient)
@@ -265,6 +275,25 @@ def run_attention(name: str) -> dict:
     upstream = torch.randn_like(output)
     output.backward(upstream), expected.backward(upstream.double())
     return {**found, "gradient": off_by(packed.grad, exact.grad), "kernels": KERNELS}
+
+
+def run_split_attention(name: str) -> dict:
+    """Return how far output and gradients of heads that are split already are off, and the kernels."""
+    heads, dtype = name.split(",")
+    num_heads, num_groups, head_dim = HEADS[heads]
+    attend = compiled_for_gpu(attention._attend_split_blocks)
+    attention._compiled_for_split_blocks = lambda: attend
+    torch.manual_seed(0)
+    ends = torch.tensor(ENDS).repeat_interleave(torch.tensor(LENGTHS))[None]
+    row = attention.FlatBatch(torch.zeros_like(ends), subtree_ends=ends)
+    shapes = [(1, number, ends.shape[1], head_dim) for number in (num_heads, num_groups, num_groups)]
+    given = [torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for shape in shapes]
+    exact = [heads.detach().double().requires_grad_() for heads in given]
+    output, expected = attention.attend_split_blocks(*given, row, head_dim**-0.5), attended_heads(*exact, row)
+    upstream = torch.randn_like(output)
+    output.backward(upstream), expected.backward(upstream.double())
+    gradients = {f"gradient of {n}": off_by(given[n].grad, exact[n].grad) for n in range(3)}
+    return {"output": off_by(output, expected), **gradients, "kernels": KERNELS}
 
 
 def run_loss(name: str) -> dict:
@@ -285,4 +314,10 @@ def run_loss(name: str) -> dict:
 
 if __name__ == "__main__":
     pretend()
-    print(json.dumps({"attention": run_attention, "loss": run_loss}[sys.argv[1]](sys.argv[2])))
+    print(
+        json.dumps(
+            {"attention": run_attention, "split attention": run_split_attention, "loss": run_loss}[sys.argv[1]](
+                sys.argv[2]
+            )
+        )
+    )
