@@ -230,7 +230,9 @@ def attend_heads(
     GPUs PyTorch has no such kernel for grouped ones, and would hold scores of (H, T, T).
     """
     dtype, head_dim = query.dtype, query.shape[-1]
-    if (repeats := query.shape[1] // key.shape[1]) > 1:
+    by_nodes = attends_by_nodes(query.device)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and (flat.key_bias is not None or not by_nodes):
         key, value = (heads.repeat_interleave(repeats, 1) for heads in (key, value))
     if flat.key_bias is not None:
         bias = (flat.key_bias / scale)[None, :, :, None]
@@ -239,7 +241,7 @@ def attend_heads(
             query, key = (functional.pad(heads, (0, HEAD_ALIGNMENT - 1)) for heads in (query, key))
         value = functional.pad(value.float(), (0, query.shape[-1] - head_dim))
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the bias to 16 bits
-        if attends_by_nodes(query.device):
+        if by_nodes:
             context = NodeAttention.apply(query, key, value, flat.parts, scale)
         else:
             context = torch.cat([_end_of_path(query, key, value, *path, scale) for path in flat.paths], dim=2)
@@ -253,7 +255,11 @@ def attends_by_nodes(device: torch.device) -> bool:
 
 def _end_of_path(query, key, value, path: list[slice], num_tokens: int, scale: float) -> torch.Tensor:
     """Return the attended values of the last `num_tokens` tokens of a path, (1, H, num_tokens, D)."""
-    heads = (torch.cat([each[:, :, part] for part in path], dim=2) for each in (query, key, value))
+    heads = (query, key, value)
+    if len(path) > 1:
+        heads = (torch.cat([each[:, :, part] for part in path], dim=2) for each in heads)
+    else:
+        heads = (each[:, :, path[0]] for each in heads)
     return functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)[:, :, -num_tokens:]
 
 

@@ -1,6 +1,6 @@
 """Attention over a forest on a CPU: each query meets each key of its path once, by PyTorch's own kernel.
 
-Shapes: T = tokens of the flat batch, H = heads, D = size of a head.
+Shapes: T = tokens of the flat batch, H = heads, K = key-value heads (K divides H), D = size of a head.
 
 The keys of a path lie in several nodes. The kernel attends to those of one node at a time, and tells the logarithm of
 the sum of the exponentials of a query's scores; with it parts are weighed against one another, as FlashAttention does
@@ -45,12 +45,17 @@ class NodeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scale: float):
-        """Return the attended values (1, H, T, D) of query, key and value, all (1, H, T, D) and of one dtype."""
+        """Return the attended values (1, H, T, D) of query (1, H, T, D), key and value (1, K, T, D), of one dtype.
+
+        Keys and values are repeated for each query head, and are kept as they were.
+        """
         _, num_heads, length, head_dim = query.shape
+        every_key, every_value = _for_each_head(num_heads, key, value)
         output = query.new_empty(1, length, num_heads, head_dim).transpose(1, 2)
         log_sums = query.new_empty(1, length, num_heads, dtype=torch.float32).transpose(1, 2)
         for part in parts:
-            own = [tensor[:, :, place] for tensor, place in zip((query, key, value), _places(part), strict=True)]
+            heads = (query, every_key, every_value)
+            own = [each[:, :, place] for each, place in zip(heads, _places(part), strict=True)]
             context, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *own, is_causal=part.is_causal, scale=scale
             )
@@ -69,7 +74,8 @@ class NodeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: torch.Tensor):
         """Return the gradients of query, key and value."""
-        query, key, value, output, log_sums = ctx.saved_tensors
+        query, kept_key, kept_value, output, log_sums = ctx.saved_tensors
+        key, value = _for_each_head(query.shape[1], kept_key, kept_value)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for part in ctx.parts:
             queries, keys, _ = _places(part)
@@ -88,7 +94,15 @@ class NodeAttention(torch.autograd.Function):
             begins = (part.is_first, part.is_causal, part.is_causal)
             for grad, new, place, is_first in zip(grads, found, _places(part), begins, strict=True):
                 (grad[:, :, place].copy_ if is_first else grad[:, :, place].add_)(new)
-        return *grads, None, None
+        grad_query, *grads = grads
+        num_groups = kept_key.shape[1]
+        return grad_query, *(grad.unflatten(1, (num_groups, -1)).sum(2) for grad in grads), None, None
+
+
+def _for_each_head(num_heads: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return keys or values (1, K, T, D) repeated for each of the query heads, (1, H, T, D)."""
+    repeats = num_heads // tensors[0].shape[1]
+    return [tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in tensors]
 
 
 def _places(part: Part) -> tuple[slice, slice, slice]:

@@ -155,13 +155,15 @@ class Probe:
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Attend as on the GPU: FlexAttention keeps query, key, value and output, and has no wider heads."""
-        own = attention.attend, other_families.attend_heads
+        own = attention.attend, attention.attends_by_nodes, other_families.attend_heads
+        if self.load.is_gpu:
+            attention.attends_by_nodes = lambda device: False
         if self.load.is_gpu and self.load.attends_by_blocks:
             attention.attend, other_families.attend_heads = _attend_as_flex, _attend_heads_as_flex
         try:
             yield
         finally:
-            attention.attend, other_families.attend_heads = own
+            attention.attend, attention.attends_by_nodes, other_families.attend_heads = own
 
 
 def _norm_as_autocast_on_a_gpu(self, hidden_states: torch.Tensor) -> torch.Tensor:
