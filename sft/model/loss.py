@@ -195,9 +195,6 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `total` plus `scale` times the product of two matrices, in place and in fp32; None counts as zeros."""
-    if left.dtype == torch.float32 and left.device.type == "cpu" and products.is_faster():
-        added = products.product(left, right * scale)
-        return added if total is None else total.add_(added)
     if left.dtype == torch.float32:
         if total is None:
             return torch.mm(left, right * scale)
