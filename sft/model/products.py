@@ -56,9 +56,9 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """Stand in for Linear.forward."""
+    """Stand in for Linear.forward; a compiler chooses its own products."""
     is_fp32 = inputs.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not is_fp32 or inputs.device.type != "cpu":
+    if not is_fp32 or inputs.device.type != "cpu" or torch.compiler.is_compiling():
         return functional.linear(inputs, self.weight, self.bias)
     outputs = LinearFunction.apply(inputs.flatten(0, -2), self.weight, self.bias)
     return outputs.unflatten(0, inputs.shape[:-1])

@@ -27,17 +27,20 @@ def measured(module: str, *arguments: object, timeout: float = 300) -> str:
 
 @pytest.mark.slow
 def test_every_way_trains_on_the_same_tokens(tmp_path: Path):
-    ways = ["plain", "padded", "ours", "plain-packed", "ours-packed", *(["trl-padded"] if find_spec("trl") else [])]
+    ways = ["plain", "padded", "ours-apart", "ours", "plain-packed", "ours-packed-apart", "ours-packed"]
+    ways += ["trl-padded"] if find_spec("trl") else []
     given = ["--shape", "bloom-tiny", "--data", SAMPLE, "--steps", 2, "--warmup", 1, "--max_length", 512]
     printed = measured("benchmarks.throughput", *given, "--output", tmp_path, "--ways", *ways)
     name = next(tmp_path.glob("*.json")).stem
     results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
     assert list(results) == ways
-    for way in set(ways) - {"plain-packed", "ours-packed"}:
+    for way in set(ways) - {"plain-packed", "ours-packed-apart", "ours-packed"}:
         assert results[way]["losses"] == pytest.approx(results["plain"]["losses"], abs=1e-4), way
         assert results[way]["tokens"] == results["plain"]["tokens"], way
         assert results[way]["labels"] == results["plain"]["labels"], way
-    assert results["ours-packed"]["tokens"] == results["plain-packed"]["tokens"]
+    assert results["ours-packed-apart"]["tokens"] == results["plain-packed"]["tokens"]
+    assert results["ours-packed"]["tokens"] > results["ours-packed"]["computed"] > 0
+    assert results["ours-apart"]["tokens"] == results["ours-apart"]["computed"] > results["ours"]["computed"]
     assert results["ours-packed"]["leak"] < 1e-5 < 1e-2 < results["plain-packed"]["leak"]
     assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for result in results.values())
     assert printed.count("\n| ") == 2 + len(ways)
