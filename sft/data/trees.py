@@ -80,5 +80,5 @@ def common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _bytes(ids: np.ndarray) -> bytes:
-    """Return bytes that are in the order of the ids: those that begin alike lie together."""
-    return ids.astype(">u4").tobytes()
+    """Return bytes in whose order sequences that begin alike lie together; the same number of bytes for each token."""
+    return ids.astype(np.uint32).tobytes()

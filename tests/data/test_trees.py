@@ -63,8 +63,3 @@ def test_without_sharing_examples_lie_end_to_end_in_their_order(examples):
 )
 def test_what_two_sequences_begin_with(one: str, other: str, number: int):
     assert trees.common(np.array(list(one)), np.array(list(other))) == number
-
-
-def test_ids_are_ordered_as_numbers_so_that_a_large_one_parts_nothing():
-    examples = [([1, 70_000, 3], 1), ([1, 5, 9], 1), ([1, 70_000, 4], 1)]
-    assert len(grow(examples).input_ids) == 6
