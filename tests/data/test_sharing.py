@@ -55,6 +55,14 @@ def all_examples(packed: PackedSequences) -> list[list[int]]:
     return [ids.tolist() for index in range(len(packed)) for ids in examples_of(packed[index])]
 
 
+def test_rows_know_how_much_of_the_template_they_begin_with(samples: Dataset):
+    for has_input in (False, True):
+        rows = [row for row in samples if row["has_input"] is has_input]
+        begins = rows[0]["begins"]
+        assert {tuple(row["input_ids"][: row["begins"]]) for row in rows} == {tuple(rows[0]["input_ids"][:begins])}
+        assert begins == min(trees.common(examples_of(rows[0])[0], examples_of(row)[0]) for row in rows[1:]) > 10
+
+
 def test_rows_know_what_they_hold_and_what_they_continue(samples: Dataset):
     before, num_parts = None, 0
     for row in samples:
