@@ -1,6 +1,7 @@
 """Chat with a checkpoint in the browser.
 
-    python app.py --checkpoint output_dir/demo [--compare bigscience/bloom-560m] [--quantize int8] [--port 7860]
+    python app.py --checkpoint output_dir/demo [--compare bigscience/bloom-560m] [--quantize q8_0] [--port 7860]
+    python app.py --server http://127.0.0.1:8000/v1        a model of vLLM, llama.cpp's server, Ollama, ...
 
 It answers only on this machine (127.0.0.1). To let others in, give a file of names and passwords:
 
@@ -11,19 +12,36 @@ import argparse
 import os
 from pathlib import Path
 
+from sft.chat.load import QUANTIZATIONS
 from sft.program import ArgumentParser, UserError, run_program
 
 AUTH_VARIABLE = "CHAT_AUTH"
+NUMBERS = {  # the default, the most, and what it is
+    "port": (7860, 65_535, "the port to listen on"),
+    "concurrent": (16, 1_000_000, "most questions at once to a server"),
+    "max_waiting": (20, 1_000_000, "most questions in the queue, with those being answered"),
+    "requests_per_minute": (60, 1_000_000, "most questions a minute from one user, or one address without login"),
+    "max_characters": (8_000, 1_000_000, "most characters of a question"),
+    "max_new_tokens": (2_048, 2_048, "most tokens of an answer"),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; raise UserError for a flag or a number that is out of range."""
     parser = ArgumentParser(description="Chat with a checkpoint in the browser.")
-    parser.add_argument("--checkpoint", required=True, help="a model folder, a LoRA adapter's folder or a hub id")
-    parser.add_argument("--compare", help="a second checkpoint; its answers appear beside the first one's")
-    parser.add_argument("--port", type=int, default=7860, help="the port to listen on (default 7860)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="a model folder, a LoRA adapter's folder or a hub id")
+    source.add_argument("--server", metavar="URL", help="a server with OpenAI's protocol: http://HOST:PORT/v1")
+    parser.add_argument("--compare", help="a second checkpoint, or server; its answers appear beside the first one's")
+    parser.add_argument("--model", help="which model of the server, if it has several")
+    parser.add_argument(
+        "--server_template",
+        default="False",
+        choices=("True", "False"),
+        help="True: the server's own chat template, for servers that complete no prompts (default False)",
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu")
-    parser.add_argument("--quantize", default="none", choices=("none", "int8"), help="int8: faster on a CPU")
+    parser.add_argument("--quantize", default="none", choices=QUANTIZATIONS, help="faster on a CPU, by llama.cpp")
     parser.add_argument("--listen", action="store_true", help="accept connections from other machines; needs passwords")
     parser.add_argument("--share", action="store_true", help="serve at a public gradio.live address; needs passwords")
     parser.add_argument(
@@ -31,23 +49,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help=f"a file with lines user:password; without it, {AUTH_VARIABLE} in the environment is read",
     )
-    parser.add_argument(
-        "--max_waiting",
-        type=int,
-        default=20,
-        help="most questions in the queue, with the one being answered (default 20)",
-    )
-    parser.add_argument(
-        "--requests_per_minute",
-        type=int,
-        default=60,
-        help="most questions a minute from one user, or from one address without login (default 60)",
-    )
-    parser.add_argument("--max_characters", type=int, default=8_000, help="per question (default 8000)")
-    parser.add_argument("--max_new_tokens", type=int, default=2_048, help="per answer (default 2048)")
+    for name, (default, _, meaning) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
     arguments = parser.parse_args()
-    for name in ("max_waiting", "requests_per_minute", "max_characters", "max_new_tokens", "port"):
-        most = 65535 if name == "port" else 2048 if name == "max_new_tokens" else 1_000_000
+    for name, (_, most, _) in NUMBERS.items():
         if not 1 <= getattr(arguments, name) <= most:
             raise UserError(f"--{name} {getattr(arguments, name)} is out of range; expected 1 to {most}")
     return arguments

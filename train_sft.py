@@ -33,7 +33,8 @@ from sft.data.report import NOTES, DataReport, print_data, write_data_report
 from sft.data.sequences import SampleSequences, Sequences
 from sft.data.streaming import StreamedSequences
 from sft.model import lora, neftune, patch, quantized
-from sft.model.load import check_ids, load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.load import check_ids, load_config, load_model, load_tokenizer
 from sft.plan import plan
 from sft.training import arguments, disk, optimization, other_names, ownership, resume, summary, zero
 from sft.training.arguments import DataArguments, ModelArguments, PlanArguments, TrainingArguments

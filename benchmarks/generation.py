@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from sft.model.int8 import quantize, weights_in_bytes
 from transformers import PreTrainedModel, StoppingCriteria
 
 from benchmarks import measure
@@ -24,8 +25,8 @@ from sft import IGNORE_INDEX
 from sft.data.encode import encode_samples
 from sft.data.files import find_shards
 from sft.data.formats import read_samples
-from sft.model.int8 import quantize, weights_in_bytes
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
 from sft.tools.random_model import SHAPES, build_model
 

@@ -184,7 +184,7 @@ def main() -> None:
         save_falcon_tokenizer(falcon_tokenizer)
         results = {
             "single turns": measured("single turns", options.data, **given),
-            "conversations": measured("conversations", files["conversations"], **given),
+            "conversations": measured("conversations", files["conversations"], batch=2, **given),
             "single turns, Falcon's tokenizer": measured(
                 "single turns, Falcon's tokenizer", options.data, shape="falcon-174m", tokenizer=falcon_tokenizer
             ),

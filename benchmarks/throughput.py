@@ -48,7 +48,7 @@ class Way:
     """One way to train."""
 
     title: str
-    batch: tuple[int, int]  # examples, or packed rows, a forward, and forwards a step
+    batch: tuple[int, int]  # rows, or packed sequences, a forward, and forwards a step
     packed: bool = False
     ours: bool = False
     shares: bool = False
@@ -152,7 +152,7 @@ def trainer_settings(way: Way, options: argparse.Namespace) -> dict[str, object]
     return {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": options.warmup + MOST_WARMUP + options.steps,
-        "per_device_train_batch_size": options.rows if way.packed else way.batch[0],
+        "per_device_train_batch_size": options.rows if way.packed else min(way.batch[0], options.batch),
         "gradient_accumulation_steps": way.batch[1],
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
@@ -192,7 +192,7 @@ def make_trainer(
     if way.packed:
         data = PackedSequences(rows, options.max_length, shares_prefixes=way.shares)
     else:
-        data = examples.select_columns(["input_ids", "lengths" if way.ours else "labels"])
+        data = rows if way.ours else examples.select_columns(["input_ids", "labels"])
     trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=data)
     trainer._loss_shifts_labels = not way.ours
     return trainer
@@ -300,6 +300,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured, in turn")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a packed sequence")
     parser.add_argument("--rows", type=int, default=1, help="packed sequences per step")
+    parser.add_argument("--batch", type=int, default=8, help="most rows per step where they are not packed")
     parser.add_argument("--compile_blocks", action="store_true", help="compile the layers of this project's ways")
     parser.add_argument("--torch_compile", action="store_true", help="compile the whole model of this project's ways")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, for all ways")
@@ -322,6 +323,7 @@ def main() -> None:
         raise UserError("TRL is not installed; pip install -r benchmarks/requirements.txt, or type --ways plain ours")
     given = ["--shape", options.shape, "--data", options.data, "--steps", options.steps, "--warmup", options.warmup]
     given += ["--max_length", options.max_length, "--rows", options.rows]
+    given += ["--batch", options.batch] if options.batch != 8 else []
     given += [f"--{name}" for name in ("checkpointing", "compile_blocks", "torch_compile") if getattr(options, name)]
     for name in ("vocab_size", "tokenizer"):
         given += [f"--{name}", getattr(options, name)] if getattr(options, name) else []

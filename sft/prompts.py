@@ -113,6 +113,12 @@ def chat_template(bos_token: str = "", eos_token: str = "") -> str:
     )
 
 
+def ollama_template() -> str:
+    """Return `build_chat_prompt` as a template of Go, the form in which Ollama takes it."""
+    before, after = PROMPT_NO_INPUT.split("{instruction}")
+    return _GO.replace("BEFORE", before).replace("AFTER", after)
+
+
 def _quote(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
@@ -140,3 +146,14 @@ _JINJA = """\
 {{- AFTER -}}
 {%- if answered -%}{{- turns[-1].content + EOS -}}{%- endif -%}
 """
+
+# With several turns the last one is still to be answered, and each has its speaker.
+_GO = """\
+{{- $several := false -}}
+{{- range .Messages }}{{ if eq .Role "assistant" }}{{ $several = true }}{{ end }}{{ end -}}
+BEFORE{{ if .System }}{{ .System }}
+{{ end }}{{ range .Messages -}}
+{{ if eq .Role "user" }}{{ if $several }}Human:{{ .Content }}
+{{ else }}{{ .Content }}{{ end -}}
+{{ else if eq .Role "assistant" }}Assistant:{{ .Content }}
+{{ end }}{{ end }}{{ if $several }}Assistant:{{ end }}AFTER"""

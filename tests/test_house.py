@@ -229,4 +229,5 @@ def test_every_import_is_pinned():
         "safetensors",  # transformers needs it
         "jinja2",  # torch needs it
         "triton",  # pinned in tests/run.sh, and installed beside the rest
+        "xllamacpp",  # pinned where it is asked for, and for the tests
     }, unpinned

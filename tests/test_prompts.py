@@ -1,10 +1,16 @@
 """The templates' text, conversations, and the chat template that says the same in Jinja."""
 
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sft.prompts import body_spans, build_chat_prompt, build_prompt, chat_template
+from sft.prompts import body_spans, build_chat_prompt, build_prompt, chat_template, ollama_template
 
 NASTY = [
     '他说："好"，它\'s \\n 不是换行，\\\\ 是两条',
@@ -126,3 +132,50 @@ def test_chat_template_quotes_any_special_token(tokenizer: PreTrainedTokenizerBa
     messages = conversation("问", "答")
     rendered = tokenizer.apply_chat_template(messages, chat_template=chat_template(bos, eos), tokenize=False)
     assert rendered == bos + build_chat_prompt(messages[:1]) + "答" + eos
+
+
+GO = """
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"text/template"
+)
+
+func main() {
+	var given struct {
+		Template      string
+		Conversations []map[string]any
+	}
+	if err := json.NewDecoder(os.Stdin).Decode(&given); err != nil {
+		panic(err)
+	}
+	parsed := template.Must(template.New("").Parse(given.Template))
+	for _, conversation := range given.Conversations {
+		if err := parsed.Execute(os.Stdout, conversation); err != nil {
+			panic(err)
+		}
+		os.Stdout.Write([]byte{0})
+	}
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed, whose templates Ollama takes")
+def test_ollamas_template_writes_the_same(tmp_path: Path):
+    (tmp_path / "main.go").write_text(GO)
+    given = [conversation(*NASTY[:number], system=system) for number in (1, 3, 7) for system in (None, "简短。")]
+    # As Ollama hands them over: the system text apart, and among the messages as well.
+    conversations = [
+        {
+            "System": messages[0]["content"] if messages[0]["role"] == "system" else "",
+            "Messages": [{"Role": each["role"], "Content": each["content"]} for each in messages],
+        }
+        for messages in given
+    ]
+    asked = json.dumps({"Template": ollama_template(), "Conversations": conversations})
+    command = ["go", "run", str(tmp_path / "main.go")]
+    environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off"}
+    found = subprocess.run(command, input=asked.encode(), capture_output=True, check=True, env=environment).stdout
+    assert found.decode().split("\0")[:-1] == [build_chat_prompt(messages) for messages in given]

@@ -1,7 +1,8 @@
 """Chat with a checkpoint in the terminal, or ask it for what it was taught.
 
 python -m sft.chat output_dir/demo                                  # talk to it
-python -m sft.chat output_dir/demo --quantize int8                  # faster on a CPU
+python -m sft.chat output_dir/demo --quantize q8_0                  # faster on a CPU
+python -m sft.chat http://127.0.0.1:8000/v1                         # a model of a server
 python -m sft.chat output_dir/demo --recall output_dir/demo_data    # does it give the answers it was trained on?
 """
 
@@ -12,15 +13,17 @@ from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from sft.chat.load import QUANTIZATIONS, load_chat
 from sft.chat.sampling import BOUNDS, Sampling
 from sft.program import ArgumentParser, UserError, run_program
 
 if TYPE_CHECKING:
     from sft.chat.model import ChatModel
+    from sft.chat.remote import RemoteModel
     from sft.chat.reply import Reply
 
 
-def recall(chat: ChatModel, data: str, number: int) -> tuple[int, int]:
+def recall(chat: ChatModel | RemoteModel, data: str, number: int) -> tuple[int, int]:
     """Ask the first row of each of `number` shards, stream the answers, and return how many match and were asked.
 
     An answer matches if it equals the row's output to the character and the model ended it itself.
@@ -57,7 +60,7 @@ def show(reply: Reply) -> str:
     return "".join(pieces)
 
 
-def talk(chat: ChatModel, sampling: Sampling) -> None:
+def talk(chat: ChatModel | RemoteModel, sampling: Sampling) -> None:
     """Hold a conversation in the terminal until an empty line or the end of input; Ctrl-C ends a reply."""
     messages: list[dict[str, str]] = []
     while question := _ask():
@@ -80,7 +83,7 @@ def left_out(reply: Reply) -> str:
 def footer(reply: Reply) -> str:
     """Say how long a reply is, how fast it came, and why it ended, unless the model ended it."""
     why = {"length": "; cut at the token limit", "cancelled": "; stopped"}.get(reply.finish_reason, "")
-    num_tokens = len(reply.token_ids)
+    num_tokens = reply.num_tokens
     return f"{num_tokens} tokens, {num_tokens / max(reply.seconds, 1e-3):.1f} tokens/s{why}"
 
 
@@ -95,10 +98,7 @@ def _ask() -> str:
 def main() -> None:
     """Talk to a checkpoint, or check how much it recalls of its training data."""
     arguments, sampling = parse_arguments()
-    # Imported late, so that --help and mistakes in the flags do not wait for PyTorch.
-    from sft.chat.model import ChatModel
-
-    chat = ChatModel.load(arguments.checkpoint, arguments.device, quantization=arguments.quantize)
+    chat = load_chat(arguments.checkpoint, arguments.device, arguments.quantize, arguments.model)
     if not arguments.recall:
         talk(chat, sampling)
         return
@@ -113,12 +113,16 @@ def parse_arguments() -> tuple[argparse.Namespace, Sampling]:
     parser = ArgumentParser(
         "python -m sft.chat", description="Talk to a checkpoint in the terminal; an empty line ends the chat."
     )
-    parser.add_argument("checkpoint", help="a model folder, a LoRA adapter's folder or a hub id")
+    parser.add_argument("checkpoint", help="a model folder, a LoRA adapter's folder, a hub id or a server's URL")
+    parser.add_argument("--model", help="which model of the server, if it has several")
     parser.add_argument("--recall", metavar="DATA", help="do not chat: ask questions from these rows, and compare")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to ask, the first of each file (default 3)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument(
-        "--quantize", default="none", choices=("none", "int8"), help="int8: 8-bit weights, faster on a CPU"
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="weights in 8 or 4 bits: faster on a CPU, by llama.cpp",
     )
     for name, (least, most) in BOUNDS.items():
         default = getattr(Sampling, name)

@@ -1,26 +1,25 @@
 """A checkpoint that answers: one reply as a stream, or several in one batch."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
 from sft import machine
+from sft.chat.context import fit
 from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
-from sft.data.formats import Sample
 from sft.model import quantized
-from sft.model.int8 import Int8Linear, quantize
-from sft.model.load import check_ids, load_adapter, load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.folder import UNKNOWN_LENGTH, longest_context
+from sft.model.load import check_ids, load_adapter, load_config, load_model, load_tokenizer
 from sft.program import UserError, one_line
-from sft.prompts import split_system
 
-USUAL_LENGTH = 2048  # tokens of context, where neither tokenizer nor config says
 # Weights up to which a CPU generates with one thread. Threads that share a product wait for each other after it, for
 # milliseconds where a browser takes a core from one of them, and below this size a product takes microseconds and one
 # thread writes faster than anyone reads.
@@ -30,47 +29,37 @@ SMALL = 32_000_000
 class ChatModel:
     """A checkpoint that is ready to answer, on a GPU if there is one."""
 
+    batches = False  # what is asked at the same time
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Take a tokenizer and a model that is already on its device."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         # Decoder-only models continue from the last position; padding on the right would fill it.
         self.tokenizer.padding_side = "left"
-        if tokenizer.model_max_length > 1e9:  # transformers' value for unknown
-            tokenizer.model_max_length = context_length(model.config)
+        if tokenizer.model_max_length > UNKNOWN_LENGTH:
+            tokenizer.model_max_length = longest_context(model.config.to_dict())
         self.encoder = Encoder(tokenizer)
         self.weights = str(model.dtype).removeprefix("torch.")
         self.num_threads = choose_num_threads(model)
 
     @classmethod
-    def load(
-        cls, checkpoint: str, device: str = "auto", dtype: str = "auto", quantization: str = "none"
-    ) -> "ChatModel":
+    def load(cls, checkpoint: str, device: str = "auto", dtype: str = "auto") -> "ChatModel":
         """Load a model folder, a hub id, or a LoRA adapter's folder together with the base model that it names.
 
         The weights are in `dtype`, a name such as "float32"; "auto" is bf16 if the device computes in it, else fp16
-        on a GPU and fp32 on a CPU. The quantization "int8" stores them as 8-bit integers, on a CPU only. Raises
-        UserError if the checkpoint or the device does not exist, or the model cannot be quantized there.
+        on a GPU and fp32 on a CPU. Raises UserError if the checkpoint or the device does not exist.
         """
         device = choose_device(device)
         chosen = getattr(torch, dtype) if dtype != "auto" else choose_dtype(device)
-        if quantization == "int8":
-            chosen = torch.float32
-
-        def ready(model: PreTrainedModel) -> PreTrainedModel:
-            return quantize(model.to(device)) if quantization == "int8" else model.to(device)
-
         checkpoint = locate(checkpoint)
         if (adapter := load_adapter(checkpoint, chosen)) is not None:
-            model, tokenizer = ready(adapter[0]), adapter[1]
+            model, tokenizer = adapter[0].to(device), adapter[1]
         else:
             config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
             check_ids(tokenizer, config, checkpoint)
-            model = quantized.load(checkpoint, config, lambda: ready(load_model(checkpoint, chosen)))
-        chat = cls(model, tokenizer)
-        if quantization == "int8":
-            chat.weights = "int8"
-        return chat
+            model = quantized.load(checkpoint, config, lambda: load_model(checkpoint, chosen).to(device))
+        return cls(model, tokenizer)
 
     def __str__(self) -> str:
         return f"{self.model.config.model_type}, {self.weights}, {self.model.device.type}"
@@ -94,7 +83,7 @@ class ChatModel:
 
     def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:
         """Return the answer to a prompt as a reply that grows as it is iterated."""
-        return Reply(self.generate, self.tokenizer, prompt, sampling)
+        return GeneratedReply(self.generate, self.tokenizer, prompt, sampling)
 
     def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> Reply:
         """Return the reply to a conversation of {"role", "content"} messages, the user's last.
@@ -102,16 +91,50 @@ class ChatModel:
         If the conversation and the longest answer do not fit together, the oldest turns are left out, and then the
         beginning of the question, as in training. Raises ValueError if the roles do not alternate.
         """
-        system, turns = split_system(messages)
-        contents = [turn["content"] for turn in turns]
-        history = [*zip(contents[:-1:2], contents[1::2], strict=True)]
-        sample = Sample(contents[-1], "", "", "", history, system)
-        # An answer may take at most half of the context, so that some of the question is always read.
-        room = min(sampling.max_new_tokens, self.encoder.max_length // 2)
-        prompt, turns_left_out, tokens_left_out = self.encoder.encode_prompt(sample, room)
-        longest = max(1, min(sampling.max_new_tokens, self.encoder.max_length - len(prompt)))
-        sampling = replace(sampling, max_new_tokens=longest)
-        return Reply(self.generate, self.tokenizer, prompt, sampling, turns_left_out, tokens_left_out)
+        prompt, sampling, turns_left_out, tokens_left_out = fit(self.encoder, messages, sampling)
+        return GeneratedReply(self.generate, self.tokenizer, prompt, sampling, turns_left_out, tokens_left_out)
+
+
+class GeneratedReply(Reply):
+    """The reply of a model in this process; the text is decoded as often as it is asked for."""
+
+    def __init__(
+        self,
+        generate: Callable[..., torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        turns_left_out: int = 0,
+        tokens_left_out: int = 0,
+    ):
+        """Prepare the reply to a prompt, given as text or token ids; `generate` is `ChatModel.generate`."""
+        super().__init__(turns_left_out, tokens_left_out)
+        self.generator = generate
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.sampling = sampling
+        self.token_ids: list[int] = []
+
+    def generate(self) -> None:
+        """Generate with transformers, which calls a streamer at each token."""
+        self.generator(
+            [self.prompt],
+            self.sampling,
+            streamer=_Streamer(self.arrive),
+            stopping_criteria=StoppingCriteriaList([_StopWhenSet(self._cancelled)]),
+        )
+
+    def take(self, token: int) -> None:
+        """Add a token id."""
+        self.token_ids.append(token)
+
+    def text(self) -> str:
+        """Decode all token ids so far."""
+        return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+
+    def ended_by_itself(self) -> bool:
+        """Tell whether the last token is the end of a text."""
+        return bool(self.token_ids) and self.token_ids[-1] == self.tokenizer.eos_token_id
 
 
 def choose_device(device: str) -> str:
@@ -137,7 +160,7 @@ def choose_num_threads(model: PreTrainedModel) -> int:
 
 def num_weights(model: nn.Module) -> int:
     """Count the weights that a model multiplies with at each token."""
-    products = [each for each in model.modules() if isinstance(each, (nn.Linear, Int8Linear))]
+    products = [each for each in model.modules() if isinstance(each, nn.Linear)]
     return sum(each.in_features * each.out_features for each in products)
 
 
@@ -183,8 +206,27 @@ def has_bf16_instructions() -> bool:
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """Return a model's context length in tokens, from its config."""
-    names = ("max_position_embeddings", "seq_length", "n_positions")  # Falcon's, BLOOM's, and GPT-2's
-    found = [length for name in names if isinstance(length := getattr(config, name, None), int) and length > 0]
-    return found[0] if found else USUAL_LENGTH
+class _Streamer(BaseStreamer):
+    """Hands over each new token id; skips the first call, which brings the prompt."""
+
+    def __init__(self, arrive: Callable[[int], None]):
+        self.arrive = arrive
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            self.arrive(int(value))
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class _StopWhenSet(StoppingCriteria):
+    """Ends generation after the token during which an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)

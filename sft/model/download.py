@@ -11,12 +11,33 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
 from sft import network
+from sft.model.folder import check_files
 from sft.program import UserError, one_line
 
 ABOUT = ["*.json", "*.model", "*.txt", "*.jinja"]  # configuration, tokenizer, template
 BELOW = ["*/*"]  # other forms of the model, and checkpoints of its training
 # Those of an adapter before those of a model, and of two forms the safer one.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+def locate(name_or_path: str, cache_dir: str | None = None) -> str:
+    """Return the folder to load a model from: as given, or, for a hub id, in the local cache, without weights yet.
+
+    Raises UserError if there is no such folder, and no such model in the hub or in the cache.
+    """
+    folder = Path(name_or_path)
+    try:
+        is_folder = folder.is_dir()
+    except PermissionError as error:
+        raise UserError(
+            f"{name_or_path} cannot be looked into: {one_line(error)}; give a folder you may read"
+        ) from None
+    if is_folder:
+        check_files(folder)
+        return name_or_path
+    if folder.is_file():
+        raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
+    return find(name_or_path, cache_dir)
 
 
 def find(name: str, cache_dir: str | None = None) -> str:

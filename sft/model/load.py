@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from sft.model import download, quantized
-from sft.model.folder import check_files
 from sft.program import UserError, one_line
 from sft.prompts import chat_template
 
@@ -29,26 +28,6 @@ FIRST_FALCON_EDITS = (
     's/"RefinedWeb\\(Model\\)\\?"/"falcon"/;s/"n_head"/"num_attention_heads"/;s/"n_layer"/"num_hidden_layers"/;'
     's/"n_head_kv": *\\([0-9]*\\)/"num_kv_heads": \\1, "new_decoder_architecture": true/'
 )
-
-
-def locate(name_or_path: str, cache_dir: str | None = None) -> str:
-    """Return the folder to load a model from: as given, or, for a hub id, in the local cache, without weights yet.
-
-    Raises UserError if there is no such folder, and no such model in the hub or in the cache.
-    """
-    folder = Path(name_or_path)
-    try:
-        is_folder = folder.is_dir()
-    except PermissionError as error:
-        raise UserError(
-            f"{name_or_path} cannot be looked into: {one_line(error)}; give a folder you may read"
-        ) from None
-    if is_folder:
-        check_files(folder)
-        return name_or_path
-    if folder.is_file():
-        raise UserError(f"{name_or_path} is a file; expected a model folder or a hub id; type {folder.parent}")
-    return download.find(name_or_path, cache_dir)
 
 
 def load_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedConfig:
@@ -177,7 +156,7 @@ def load_adapter(
 
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        located = locate(base, cache_dir)
+        located = download.locate(base, cache_dir)
         config = load_config(located, cache_dir)
     except Exception as error:
         raise UserError(

@@ -24,7 +24,7 @@ from transformers import (
 
 from sft.data.files import find_shards
 from sft.data.formats import read_samples
-from sft.model.folder import let_others_read
+from sft.model.folder import make_portable
 from sft.program import ArgumentParser, UserError, run_program
 
 BLOOM_SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -177,7 +177,7 @@ def save_random_model(shape: str, texts: Iterable[str], output: Path, seed: int 
         settings = json.loads((output / "tokenizer_config.json").read_text(encoding="utf-8"))
         settings["tokenizer_class"] = "BloomTokenizerFast"
         (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    let_others_read(output)
+    make_portable(output)
     return model
 
 

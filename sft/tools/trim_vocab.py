@@ -30,7 +30,8 @@ from sft import prompts
 from sft.data.load import load_examples
 from sft.data.report import print_data
 from sft.model import quantized
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
 from sft.training.disk import new_model_folder
 from sft.training.model_card import base_licence

@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from sft.model.folder import let_others_read
+from sft.model.folder import make_portable
 from sft.program import UserError, one_line
 
 MARKER = "complete.json"
@@ -138,7 +138,7 @@ def finish(unfinished: Path, output_dir: str, shapes: dict[str, tuple[int, ...]]
     """
     if fault := fault_of_weights(unfinished, shapes) or fault_of_settings(unfinished):
         raise UserError(f"{unfinished} was not saved correctly: {fault}; {what_is_left(output_dir)}")
-    let_others_read(unfinished)
+    make_portable(unfinished)
     files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
     for file in files.values():
         _to_disk(file)
@@ -210,7 +210,7 @@ def publish(source: Path, output_dir: str) -> None:
 
     Weights are linked, which takes no room, or copied where the disk knows no links.
     """
-    let_others_read(source)
+    make_portable(source)
     files = [file for file in sorted(source.iterdir()) if file.suffix in {".json", ".safetensors", ".jinja"}]
     files = [file for file in files if file.name not in {MARKER, STATE}]
     for file in files:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sft.machine import gib
-from sft.model.folder import let_others_read
+from sft.model.folder import make_portable
 from sft.program import OneRankError, UserError, one_line
 from sft.training.arguments import Schedule, TrainingArguments
 from sft.training.checkpoints import UNFINISHED, drop_older, fault_of, folders_in, what_is_left
@@ -69,11 +69,32 @@ def new_model_folder(output: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    let_others_read(unfinished)
+    make_portable(unfinished)
     target.mkdir(exist_ok=True)
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(target / file.name)  # last, since without it no folder is a model
     unfinished.rmdir()
+
+
+@contextmanager
+def new_model_file(output: str) -> Iterator[Path]:
+    """Yield a hidden file to write a model into, then give it its name, `output`.
+
+    Raises UserError if `output` exists, or cannot be written to.
+    """
+    target = Path(output).resolve()
+    if target.exists():
+        raise UserError(f"{output} already exists; give a new file")
+    check_writable(str(target.parent), flag="the output folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f".{target.name}.unfinished"
+    try:
+        yield unfinished
+        unfinished.rename(target)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {one_line(error)}; give a file on a larger disk") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _nearest(output_dir: str) -> Path:

@@ -1,18 +1,25 @@
 """One question to one or more checkpoints, from its arrival to its last token: checked, queued, streamed."""
 
+from __future__ import annotations
+
 import asyncio
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from sft.chat.model import ChatModel
+from sft.chat.remote import ServerError
 from sft.chat.reply import Reply
 from sft.chat.sampling import Sampling
 from sft.web.texts import RefusedError
 from sft.web.visitors import Visitor, WaitingLine
+
+if TYPE_CHECKING:
+    from sft.chat.model import ChatModel
+    from sft.chat.remote import RemoteModel
 
 Messages = list[dict[str, str]]
 ALLOWED_CONTROLS = "\t\n\r"
@@ -41,11 +48,11 @@ class Progress:
 
 
 class Answering:
-    """Answers visitors with one or more checkpoints, one visitor at a time."""
+    """Answers visitors with one or more checkpoints, as many visitors at a time as the waiting line lets in."""
 
     def __init__(
         self,
-        chats: Sequence[ChatModel],
+        chats: Sequence[ChatModel | RemoteModel],
         line: WaitingLine,
         limits: Limits = Limits(),
         is_gone: Callable[..., bool] = lambda *sessions: False,
@@ -74,7 +81,7 @@ class Answering:
             yield Progress()
             replies = await self._prepare(conversations, sampling)
             progress = Progress(answers=[""] * len(replies), replies=replies)
-            async with aclosing(merge(replies)) as pieces:
+            async with aclosing(merge(replies)) as pieces, refusals_of_servers():
                 async for arrived in pieces:
                     for number, piece in arrived.items():
                         progress.answers[number] += piece
@@ -122,6 +129,15 @@ class Answering:
         if len(question) > self.limits.max_characters:
             raise RefusedError("long_question", given=len(question), most=self.limits.max_characters)
         check_characters(question)
+
+
+@asynccontextmanager
+async def refusals_of_servers() -> AsyncIterator[None]:
+    """Raise RefusedError where a server refuses to answer, or is gone."""
+    try:
+        yield
+    except ServerError as error:
+        raise RefusedError("server", problem=error) from None
 
 
 def check_characters(text: str, is_of_model: bool = False) -> None:

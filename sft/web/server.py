@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
 
+from sft.chat.load import is_address, load_chat
 from sft.program import UserError
 
 if TYPE_CHECKING:
     from sft.chat.model import ChatModel
+    from sft.chat.remote import RemoteModel
     from sft.web.guard import Listeners
     from sft.web.page import ChatPage
 
@@ -32,12 +35,14 @@ def serve(arguments: argparse.Namespace, names: Sequence[tuple[str, str]]) -> No
     """
     host = EVERYWHERE if arguments.listen else LOCAL
     check_port(host, arguments.port)
-    checkpoints = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
-    chats = load(checkpoints, arguments.device, arguments.quantize)
-    leave_out_proxies(arguments.share)
+    checkpoints = [each for each in (arguments.server or arguments.checkpoint, arguments.compare) if each]
+    chats = load(checkpoints, arguments)
+    leave_out_proxies(arguments.share or any(map(is_address, checkpoints)))
     page, listeners = build_page(chats, checkpoints, arguments)
     for checkpoint, chat in zip(checkpoints, chats, strict=True):
         print(f"{checkpoint}: {chat}")
+    if page.answering.line.at_once == 1:
+        print("one question is answered at a time; for many visitors start a server that batches and type --server")
     signal.signal(signal.SIGINT, leave)
     launch(page, listeners, host, arguments.port, list(names), arguments.share)
     print(f"http://{LOCAL}:{arguments.port} (Ctrl-C to stop)", flush=True)
@@ -52,26 +57,28 @@ def leave(signal_number: int, frame: FrameType | None) -> NoReturn:
     os._exit(0)
 
 
-def load(checkpoints: Sequence[str], device: str, quantization: str) -> list[ChatModel]:
+def load(checkpoints: Sequence[str], arguments: argparse.Namespace) -> list[ChatModel | RemoteModel]:
     """Load checkpoints, after finding all of them; raise UserError if one cannot be found or loaded.
 
     They answer at the same time, so all use as many threads as the one that needs most.
     """
-    from sft.model.load import locate
+    from sft.model.download import locate
 
     for each in checkpoints:
-        locate(each)
-    from sft.chat.model import ChatModel
-
-    chats = [ChatModel.load(each, device, quantization=quantization) for each in checkpoints]
-    most = max(chat.num_threads for chat in chats)
+        if not is_address(each):
+            locate(each)
+    first = next(filter(is_address, checkpoints), None)  # --model names one of its models
+    given = {"device": arguments.device, "quantization": arguments.quantize}
+    given["uses_template"] = arguments.server_template == "True"
+    chats = [load_chat(each, **given, model=arguments.model if each == first else None) for each in checkpoints]
+    most = max(getattr(chat, "num_threads", 1) for chat in chats)
     for chat in chats:
         chat.num_threads = most
     return chats
 
 
 def build_page(
-    chats: Sequence[ChatModel], checkpoints: Sequence[str], arguments: argparse.Namespace
+    chats: Sequence[ChatModel | RemoteModel], checkpoints: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[ChatPage, Listeners]:
     """Return the page of loaded checkpoints within app.py's limits, and what tells who listens to it."""
     from sft.web.answering import Answering, Limits
@@ -80,10 +87,18 @@ def build_page(
     from sft.web.visitors import WaitingLine
 
     listeners = Listeners()
-    line = WaitingLine(arguments.max_waiting, arguments.requests_per_minute)
+    at_once = arguments.concurrent if all(chat.batches for chat in chats) else 1
+    line = WaitingLine(arguments.max_waiting, arguments.requests_per_minute, at_once=at_once)
     limits = Limits(arguments.max_characters, max_new_tokens=arguments.max_new_tokens)
     answering = Answering(chats, line, limits, listeners.is_gone)
-    return ChatPage(answering, [Path(each).name for each in checkpoints]), listeners
+    return ChatPage(answering, [label_of(*each) for each in zip(checkpoints, chats, strict=True)]), listeners
+
+
+def label_of(checkpoint: str, chat: ChatModel | RemoteModel) -> str:
+    """Return what the page calls a checkpoint: its folder's name, or a server's model and host."""
+    if not is_address(checkpoint):
+        return Path(checkpoint).name
+    return f"{Path(chat.name).name} ({urlsplit(checkpoint).netloc})"
 
 
 def leave_out_proxies(share: bool) -> None:

@@ -48,6 +48,7 @@ TEXTS = {
         "bad_character": "The text contains the control character {character}; please remove it.",
         "bad_history": 'The history must be a list of {{"role", "content"}} turns, alternating "user" and "assistant".',
         "list_full": "Your list of conversations is full. Export what you need, then delete one.",
+        "server": "The server of the model does not answer this: {problem}",
         "failed": "Something went wrong while answering; see the server's log for details. Please try again.",
     },
     "zh": {
@@ -91,6 +92,7 @@ TEXTS = {
         "bad_character": "文本中含有控制字符 {character}，请删除后重试。",
         "bad_history": 'history 必须是列表，每一项为 {{"role", "content"}}，且 "user" 与 "assistant" 交替出现。',
         "list_full": "对话列表已满，请先导出需要的内容，再删除一个对话。",
+        "server": "模型服务器无法回答：{problem}",
         "failed": "回答时出错，详情见服务器日志，请重试。",
     },
 }

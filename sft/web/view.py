@@ -79,7 +79,7 @@ def footer(labels: Sequence[str], progress: Progress, language: str, stopped: bo
             parts.append(say(language, "left_out", turns=reply.turns_left_out))
         if reply.tokens_left_out:
             parts.append(say(language, "cut", tokens=reply.tokens_left_out))
-        if tokens := len(reply.token_ids):
+        if tokens := reply.num_tokens:
             parts.append(say(language, "speed", tokens=tokens, speed=tokens / reply.seconds))
         if stopped and reply.finish_reason == "cancelled":
             parts.append(say(language, "cancelled"))

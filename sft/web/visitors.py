@@ -1,4 +1,4 @@
-"""Who is answered when: one request at a time, first come, first served, with limits per session and per user."""
+"""Who is answered when: first come, first served, as many at once as a model batches, with limits for each user."""
 
 import asyncio
 import time
@@ -56,7 +56,7 @@ class Ticket:
     @property
     def place(self) -> int:
         """How many are ahead; 0 when it is its turn."""
-        return self.line.tickets.index(self)
+        return max(0, self.line.tickets.index(self) - self.line.at_once + 1)
 
     async def wait(self) -> None:
         """Wait until the queue moves, but at most `PATIENCE` seconds."""
@@ -69,13 +69,20 @@ class Ticket:
 class WaitingLine:
     """First come, first served; everything runs in one event loop.
 
-    It holds at most `max_waiting` requests, including the one being answered, and one per session; each user may join
-    `requests_per_minute` times in any 60 seconds.
+    It holds at most `max_waiting` requests, including the `at_once` being answered, and one per session; each user may
+    join `requests_per_minute` times in any 60 seconds.
     """
 
-    def __init__(self, max_waiting: int, requests_per_minute: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        max_waiting: int,
+        requests_per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: int = 1,
+    ):
         """Begin with an empty queue; `clock` returns seconds."""
         self.max_waiting = max_waiting
+        self.at_once = at_once
         self.tickets: list[Ticket] = []
         self.rate = RateLimit(requests_per_minute, clock)
 

@@ -38,7 +38,7 @@ def test_control_c_ends_the_comparison_and_does_not_count_as_a_wrong_answer():
 
 
 def test_what_was_left_out_and_why_a_reply_ended():
-    reply = SimpleNamespace(turns_left_out=2, tokens_left_out=3, token_ids=[1] * 6, seconds=2.0, finish_reason="length")
+    reply = SimpleNamespace(turns_left_out=2, tokens_left_out=3, num_tokens=6, seconds=2.0, finish_reason="length")
     assert (
         left_out(reply) == "left out because they do not fit: the oldest 2 turns and the first 3 tokens of the question"
     )

@@ -11,6 +11,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from sft.chat.model import GeneratedReply
 from sft.chat.reply import Reply, cut_at_marker, settled_length
 from sft.chat.sampling import GREEDY
 from sft.data.encode import Encoder, special_tokens
@@ -53,8 +54,8 @@ class OneByOne(queue.SimpleQueue):
 
 def reply_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> Reply:
     """Return a reply that takes one token after another."""
-    reply = Reply(Script(token_ids).generate, tokenizer, "", GREEDY)
-    reply._tokens = OneByOne()
+    reply = GeneratedReply(Script(token_ids).generate, tokenizer, "", GREEDY)
+    reply._arrived = OneByOne()
     return reply
 
 
@@ -99,7 +100,7 @@ def test_tokens_that_come_while_nobody_asks_are_decoded_at_once(tokenizer: PreTr
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **named: decoded.append(len(ids)) or decode(ids, **named))
     token_ids, all_here = byte_tokens(tokenizer, "春眠不觉晓，处处闻啼鸟。"), threading.Event()
     script, pieces = Script(token_ids, all_here.set), []
-    for piece in Reply(script.generate, tokenizer, "", GREEDY):
+    for piece in GeneratedReply(script.generate, tokenizer, "", GREEDY):
         pieces.append(piece)
         assert all_here.wait(5)
     assert "".join(pieces) == "春眠不觉晓，处处闻啼鸟。"
@@ -110,7 +111,7 @@ def test_first_piece_comes_before_the_last_token(tokenizer: PreTrainedTokenizerB
     first_piece_seen = threading.Event()
     waits = []
     script = Script(byte_tokens(tokenizer, "好的"), lambda: waits.append(first_piece_seen.wait(5)))
-    for _ in Reply(script.generate, tokenizer, "", GREEDY):
+    for _ in GeneratedReply(script.generate, tokenizer, "", GREEDY):
         first_piece_seen.set()
     assert waits == [True]
 

@@ -14,7 +14,8 @@ from huggingface_hub import _tree_cache, constants
 from peft import LoraConfig, get_peft_model
 
 from sft.model import download
-from sft.model.load import load_adapter, load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.load import load_adapter, load_config, load_model, load_tokenizer
 from sft.program import UserError
 from support.disks import small_disk
 from support.hub import Fault, Hub, Repository

@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from sft.model.download import locate
 from sft.model.folder import check_files, let_others_read
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import UserError
 from support.project import PROJECT
 
@@ -58,7 +59,7 @@ def test_a_long_file_that_begins_like_a_pointer_is_none(tmp_path: Path):
 # As another user, after the imports, since that user may not read the installed packages.
 AS_NOBODY = """
 import os, sys
-from sft.model.load import locate
+from sft.model.download import locate
 from sft.program import run_program
 os.seteuid(65534)
 run_program(lambda: print(locate(sys.argv[1])))

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import BertConfig, BloomConfig, T5Config
 
-from sft.model.load import load_config, load_model, load_tokenizer, locate
+from sft.model.download import locate
+from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import UserError
 from sft.prompts import build_chat_prompt
 from support.project import TINY_SHAPES
