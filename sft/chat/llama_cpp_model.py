@@ -52,6 +52,7 @@ class LlamaCppModel(RemoteModel):
         parameters.n_parallel = 1
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = self.num_threads
         parameters.verbosity = 0
+        parameters.warmup = False
         parameters.ui = parameters.endpoint_slots = False
         self.key = secrets.token_hex()
         parameters.api_keys = [self.key]
@@ -60,6 +61,8 @@ class LlamaCppModel(RemoteModel):
         except RuntimeError as error:
             raise UserError(f"llama.cpp cannot load {file}: {one_line(error)}; delete it and start again") from None
         super().__init__(f"{self.server.listening_address}/v1", file.parent.name)
+        # A server that is dropped before it has answered anything waits for itself for ever.
+        self.answer([" "], Sampling(max_new_tokens=1, temperature=0))
 
     @classmethod
     def load(cls, checkpoint: str, quantization: str) -> "LlamaCppModel":
@@ -82,6 +85,10 @@ class LlamaCppModel(RemoteModel):
         """Return the headers of each request."""
         return {"Authorization": f"Bearer {self.key}"}
 
+    def asks_for_less(self) -> bool:
+        """Return False: this server understands all that is asked."""
+        return False
+
     def more(self, sampling: Sampling) -> dict[str, Any]:
         """Return the rest of the sampling as llama.cpp names it.
 
@@ -89,9 +96,8 @@ class LlamaCppModel(RemoteModel):
         """
         return {
             **super().more(sampling),
-            "top_k": sampling.top_k,
             "samplers": ORDER_OF_SAMPLERS,
-            "repeat_last_n": -1,
+            "repeat_last_n": self.encoder.max_length,
             "cache_prompt": sampling.seed is None,
         }
 

@@ -7,6 +7,7 @@ the same as for a model in this process.
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,10 +104,18 @@ class RemoteModel:
         """Return the headers of each request, with the key from the environment if there is one."""
         return key_headers()
 
+    def asks_for_less(self) -> bool:
+        """Leave out what OpenAI's protocol lacks from now on, and say so; return whether it was asked for until now."""
+        known, self.knows_more = self.knows_more, False
+        if known:
+            names = "top_k, the repetition penalty and the number of tokens"
+            print(f"{self.url} does not understand all that is asked: {names} are left out", file=sys.stderr)
+        return known
+
     def more(self, sampling: Sampling) -> dict[str, Any]:
         """Return what OpenAI's protocol lacks, by the names of llama.cpp and of vLLM, and the number of tokens."""
         return {
-            "top_k": sampling.top_k or -1,
+            "top_k": sampling.top_k,
             "min_p": 0.0,
             "repeat_penalty": sampling.repetition_penalty,
             "repetition_penalty": sampling.repetition_penalty,
@@ -158,8 +167,7 @@ class ServerReply(Reply):
         ):
             if response.is_error:
                 await response.aread()
-                if response.status_code in NOT_UNDERSTOOD and self.model.knows_more:
-                    self.model.knows_more = False
+                if response.status_code in NOT_UNDERSTOOD and self.model.asks_for_less():
                     return await self._read()
                 raise self._refusal(response)
             async for line in response.aiter_lines():

@@ -51,9 +51,9 @@ def free_port() -> int:
 
 @contextmanager
 def served(
-    *folders: Path, max_waiting: int = 20, requests_per_minute: int = 100_000, names: Any = None
+    *models: Any, max_waiting: int = 20, requests_per_minute: int = 100_000, names: Any = None, at_once: int = 1
 ) -> Iterator[Served]:
-    """Serve the models of one folder or several side by side until the end of the block."""
+    """Serve one model or several side by side, given loaded or as folders, until the end of the block."""
     from sft.chat.model import ChatModel
     from sft.web.answering import Answering, Limits
     from sft.web.guard import Listeners
@@ -61,9 +61,9 @@ def served(
     from sft.web.server import launch
     from sft.web.visitors import WaitingLine
 
-    chats = [ChatModel.load(str(folder), "cpu", dtype="float32") for folder in folders]
-    listeners, line = Listeners(), WaitingLine(max_waiting, requests_per_minute)
-    page = ChatPage(Answering(chats, line, Limits(), listeners.is_gone), [folder.name for folder in folders])
+    chats = [ChatModel.load(str(each), "cpu", dtype="float32") if isinstance(each, Path) else each for each in models]
+    listeners, line = Listeners(), WaitingLine(max_waiting, requests_per_minute, at_once=at_once)
+    page = ChatPage(Answering(chats, line, Limits(), listeners.is_gone), [each.name for each in models])
     address = launch(page, listeners, names=names)
     try:
         yield Served(address, urlsplit(address).port, chats[0], page, line, listeners)

@@ -73,6 +73,28 @@ def test_first_come_first_served():
     assert run(test()) == [str(number) for number in range(50)]
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_so_many_are_answered_at_once_and_the_next_when_one_leaves(at_once: int):
+    async def test() -> tuple[int, list[str]]:
+        line, answered, busy, most = WaitingLine(50, 100, at_once=at_once), [], 0, 0
+
+        async def come(name: str) -> None:
+            nonlocal busy, most
+            async with line.join(visitor(name)) as ticket:
+                while ticket.place:
+                    await ticket.wait()
+                busy += 1
+                most = max(most, busy)
+                answered.append(name)
+                await asyncio.sleep(0.001)
+                busy -= 1
+
+        await asyncio.gather(*(come(str(number)) for number in range(10)))
+        return most, answered
+
+    assert run(test()) == (at_once, [str(number) for number in range(10)])
+
+
 def test_who_waits_is_woken_when_the_line_moves_and_not_later():
     async def test() -> None:
         line = WaitingLine(3, 100)
