@@ -223,7 +223,7 @@ def _outcome(client, model, prompts, folder, environments, expected, tokenizer) 
     except SkippedError as reason:
         return f"skipped: {reason}"
     except RuntimeError as error:
-        return f"fails: {error}"
+        return f"fails: {str(error).rpartition('Error: ')[2]}"
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     equal = num_equal(expected, found, decode, tokenizer.eos_token_id)
     return f"{equal}/{len(prompts)}"
@@ -249,10 +249,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compare every client with plain transformers; print and save the table."""
+    """Compare clients with plain transformers; print and save the table, in which other clients' rows stay."""
     options = parse_arguments()
     options.models.mkdir(parents=True, exist_ok=True)
     results = compare(make_models(options.models), options.clients, options.models, options.environments)
+    kept = options.output / "clients.json"
+    before = json.loads(kept.read_text(encoding="utf-8"))["results"] if kept.exists() else {}
+    results = {name: found for name in CLIENTS if (found := results.get(name) or before.get(name))}
     result = {"command": "python -m benchmarks.clients", "processor": measure.processor(uses_gpu=False)}
     result |= {"versions": measure.versions(), "results": results}
     measure.save(options.output, "clients", result, table_of(result))

@@ -1,111 +1,191 @@
-"""Tokens per second of one stream on the CPU, and the weights' memory: fp32, bf16 and int8, in one run.
+"""Chatting on the CPU: tokens per second of one stream, seconds until ready, peak memory, and what fewer bits change.
 
     python -m benchmarks.generation --shape bloom-560m
     python -m benchmarks.generation --checkpoint output_dir/demo --data output_dir/demo_data
 
-Every way generates greedily from the same random model and prompt, each in a process of its own, one after the other,
-and all of them again in each round. With a checkpoint and rows, each way's distributions of the answers' tokens are
-also compared with those of fp32, since a random model tells nothing about quality.
+Every way answers greedily with the same random model and prompt, each in a process of its own, one after the other,
+and all of them again in each round; llama.cpp also alone, without anything of this project. With a checkpoint and rows,
+each way's distributions of the answers' tokens are compared with those of fp32, since a random model tells nothing
+about quality. What only some of the ways need is imported late, since it counts in their seconds and their memory.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
-from sft.model.int8 import quantize, weights_in_bytes
-from transformers import PreTrainedModel, StoppingCriteria
+import numpy as np
+import psutil
 
-from benchmarks import measure
 from sft import IGNORE_INDEX
-from sft.data.encode import encode_samples
-from sft.data.files import find_shards
-from sft.data.formats import read_samples
-from sft.model.download import locate
-from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import ArgumentParser, UserError, run_program
-from sft.tools.random_model import SHAPES, build_model
 
-WAYS = {"fp32": "stock fp32", "bf16": "stock bf16", "int8": "`--quantize int8`"}
+WAYS = {
+    "fp32": "transformers, fp32",
+    "bf16": "transformers, bf16",
+    "q8_0": "`--quantize q8_0`",
+    "llama.cpp q8_0": "llama.cpp alone, q8_0",
+    "q4_k_m": "`--quantize q4_k_m`",
+    "llama.cpp q4_k_m": "llama.cpp alone, q4_k_m",
+}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MAX_LENGTH = 2048
-WARMUP_TOKENS = 4
+RESULTS = Path(__file__).parent / "results"
+Probabilities = Callable[[list[int], list[int]], np.ndarray]
+SMALLEST = 1e-12  # probability, below which llama.cpp's is not told apart from none
 
 
-class Clock(StoppingCriteria):
-    """Notes when each token is there, and ends nothing."""
+def save_model(shape: str, folder: Path) -> None:
+    """Write a random model of a shape, with a small tokenizer for its family, once."""
+    from sft.tools.random_model import read_texts, save_random_model
 
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused) -> torch.Tensor:
-        """Note the time of a token, and return False for each stream, bool (batch)."""
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+    if not (folder / "config.json").exists():
+        save_random_model(shape, read_texts(str(Path(__file__).parent.parent / "data_proj" / "sample")), folder)
 
 
-def convert(model: PreTrainedModel, way: str) -> PreTrainedModel:
-    """Return an fp32 model with its weights as a way has them; the model itself is changed."""
-    if way == "int8":
-        return quantize(model)
-    return model.eval().to(torch.bfloat16 if way == "bf16" else torch.float32)
+def answering(way: str, folder: str) -> Callable[[list[int], int], int]:
+    """Load a model as a way does; return what generates after a prompt's ids and counts the new tokens."""
+    from sft.chat.sampling import Sampling
+
+    if way.startswith("llama.cpp"):
+        return alone(folder)
+    if way in DTYPES:
+        from sft.chat.model import ChatModel, GeneratedReply
+
+        chat = ChatModel.load(folder, "cpu", DTYPES[way])
+        make = partial(GeneratedReply, chat.generate, chat.tokenizer)
+    else:
+        from sft.chat.load import load_chat
+
+        make = load_chat(folder, quantization=way).stream
+
+    def answer(ids: list[int], number: int) -> int:
+        reply = make(ids, Sampling(max_new_tokens=number, temperature=0, top_k=0, top_p=1.0, seed=0))
+        for _ in reply:
+            pass
+        return reply.num_tokens
+
+    return answer
+
+
+def alone(file: str) -> Callable[[list[int], int], int]:
+    """Load a GGUF file into llama.cpp, as its package does by itself; return what generates after a prompt's ids."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = file, MAX_LENGTH, 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = psutil.cpu_count(logical=False)
+    parameters.verbosity = 0
+    server = xllamacpp.Server(parameters)
+
+    def answer(ids: list[int], number: int) -> int:
+        asked = {"prompt": ids, "max_tokens": number, "temperature": 0, "cache_prompt": False}
+        return server.handle_completions(asked)["usage"]["completion_tokens"]
+
+    return answer
 
 
 def measure_way(way: str, options: argparse.Namespace) -> dict:
-    """Generate in this process; return tokens/s after the first, seconds until it, and bytes of weights."""
-    model = build_model(options.shape)
-    start = time.perf_counter()
-    model = convert(model, way)  # not in inference mode, in which bf16 weights are multiplied more slowly
-    seconds_to_convert = time.perf_counter() - start
-    input_ids = torch.randint(model.config.vocab_size, (1, options.prompt_tokens))
-    for new_tokens in (WARMUP_TOKENS, options.new_tokens):
-        clock = Clock()
+    """Answer in this process; return tokens/s after the first, seconds until it and until ready, and peak memory."""
+    answer = answering(way, options.folder)
+    answer([5], 1)
+    ready = seconds_since_start()
+    ids = np.random.default_rng(0).integers(20, 1000, options.prompt_tokens).tolist()
+    seconds = {}
+    for number in (1, options.new_tokens):
         start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                eos_token_id=[],  # no token ends the text early
-                pad_token_id=0,
-                stopping_criteria=[clock],
-            )
-        assert len(clock.times) == new_tokens, (len(clock.times), new_tokens)
+        found = answer(ids, number)
+        seconds[number] = time.perf_counter() - start
+        assert found == number, (way, found, number)
     return {
-        "tokens_per_second": (options.new_tokens - 1) / (clock.times[-1] - clock.times[0]),
-        "seconds_to_first_token": clock.times[0] - start,
-        "seconds_to_convert": seconds_to_convert,
-        "bytes": weights_in_bytes(model),
+        "tokens_per_second": (options.new_tokens - 1) / (seconds[options.new_tokens] - seconds[1]),
+        "seconds_to_first_token": seconds[1],
+        "seconds_to_ready": ready,
+        "bytes": peak_memory(),
     }
 
 
-@torch.inference_mode()
+def seconds_since_start() -> float:
+    """Return how long this process has been there (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had resident (Linux)."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def measure_quality(options: argparse.Namespace) -> dict[str, dict]:
     """Return each way's mean KL(fp32 || way) in nats, and top-1 agreement with fp32, over the rows' answer tokens."""
+    from sft.data.encode import encode_samples
+    from sft.data.files import find_shards
+    from sft.data.formats import read_samples
+    from sft.model.download import locate
+    from sft.model.load import load_config, load_tokenizer
+
     checkpoint = locate(options.checkpoint)
     load_config(checkpoint)
     rows = [row for shard in find_shards(options.data, "--data") for row in islice(read_samples(shard), options.rows)]
     examples = list(encode_samples(rows[: options.rows], load_tokenizer(checkpoint, MAX_LENGTH)))
-    models = {way: convert(load_model(checkpoint), way) for way in WAYS}
-    divergence, agreed, num_tokens = dict.fromkeys(WAYS, 0.0), dict.fromkeys(WAYS, 0), 0
-    for example in examples:
-        input_ids, labels = (torch.tensor(example[name])[None] for name in ("input_ids", "labels"))
-        answer = labels[0, 1:] != IGNORE_INDEX
-        logits = {way: model(input_ids).logits[0, :-1][answer].float() for way, model in models.items()}
-        expected = logits["fp32"].double().log_softmax(-1)
-        num_tokens += len(expected)
-        for way in WAYS:
-            given = logits[way].double().log_softmax(-1)
-            divergence[way] += (expected.exp() * (expected - given)).sum().item()
-            agreed[way] += (expected.argmax(-1) == given.argmax(-1)).sum().item()
-    return {
-        way: {"kl": divergence[way] / num_tokens, "agreement": agreed[way] / num_tokens, "answer_tokens": num_tokens}
-        for way in WAYS
-    }
+    expected: list[np.ndarray] = []
+    found = {}
+    for way in (way for way in WAYS if not way.startswith("llama.cpp")):
+        probabilities = probabilities_of(checkpoint, way)
+        given = [distributions(probabilities, example) for example in examples]
+        expected = expected or given  # fp32 is the first
+        pairs = [*zip(expected, given, strict=True)]
+        divergence = sum((a * (np.log(a) - np.log(b))).sum() for a, b in pairs)
+        agreed = sum((a.argmax(-1) == b.argmax(-1)).sum() for a, b in pairs)
+        num_tokens = sum(map(len, expected))
+        found[way] = {"kl": divergence / num_tokens, "agreement": agreed / num_tokens, "answer_tokens": num_tokens}
+    return found
+
+
+def distributions(probabilities: Probabilities, example: dict) -> np.ndarray:
+    """Return the probabilities (answer tokens, V) with which each token of an example's answer is drawn."""
+    places = [place for place, label in enumerate(example["labels"]) if label != IGNORE_INDEX]
+    rows = np.maximum(probabilities(example["input_ids"], places), SMALLEST)
+    return rows / rows.sum(-1, keepdims=True)
+
+
+def probabilities_of(checkpoint: str, way: str) -> Probabilities:
+    """Load a checkpoint as a way does; return what gives the probabilities (places, V) at some places of a text."""
+    import torch
+
+    from sft.chat.load import load_chat
+    from sft.chat.model import ChatModel
+
+    if way in DTYPES:
+        model = ChatModel.load(checkpoint, "cpu", DTYPES[way]).model
+
+        def of_transformers(ids: list[int], places: list[int]) -> np.ndarray:
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0]
+            return logits[torch.tensor(places) - 1].double().softmax(-1).numpy()
+
+        return of_transformers
+    chat = load_chat(checkpoint, quantization=way)
+    size = len(chat.encoder.tokenizer)
+
+    def of_llama_cpp(ids: list[int], places: list[int]) -> np.ndarray:
+        # A token is forced that is a whole character: beside part of one llama.cpp gives no probabilities.
+        asked = {"max_tokens": 1, "temperature": 0, "logprobs": size, "logit_bias": [["a", 1000.0]]}
+        rows = np.zeros((len(places), size))
+        for row, place in zip(rows, places, strict=True):
+            answer = chat.server.handle_completions({"prompt": ids[:place], **asked})
+            for each in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                row[each["id"]] = np.exp(each["logprob"])
+        return rows
+
+    return of_llama_cpp
 
 
 def merge(rounds: list[dict]) -> dict:
@@ -116,32 +196,36 @@ def merge(rounds: list[dict]) -> dict:
 
 def table_of(saved: dict) -> str:
     """Return the Markdown table of a saved result: all ways, relative to fp32."""
+    from benchmarks import measure
+
     results = saved["results"]
-    header = ["way", "tokens/s", "ratio", "first token", "weights", "loaded in"]
+    header = ["way", "tokens/s", "ratio", "first token", "ready after", "peak memory"]
     with_quality = "kl" in results["fp32"]
     rows = []
     for way, result in results.items():
         rate = result["tokens_per_second"]
         cells = [f"{rate:.1f}", f"{rate / results['fp32']['tokens_per_second']:.2f}"]
-        cells += [f"{result['seconds_to_first_token']:.2f} s", f"{result['bytes'] / measure.GIB:.2f} GiB"]
-        cells += [f"+{result['seconds_to_convert']:.1f} s"]
-        quality = [f"{result['kl']:.2g}", f"{result['agreement']:.2%}"] if with_quality else []
-        rows.append([WAYS[way], *cells, *quality])
+        cells += [f"{result[name]:.1f} s" for name in ("seconds_to_first_token", "seconds_to_ready")]
+        cells += [f"{result['bytes'] / measure.GIB:.2f} GiB"]
+        quality = [f"{result['kl']:.2g}", f"{result['agreement']:.2%}"] if "kl" in result else ["", ""]
+        rows.append([WAYS[way], *cells, *(quality if with_quality else [])])
     return measure.markdown([*header, *(["KL from fp32", "top-1 as fp32"] if with_quality else [])], rows)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(description="Compare fp32, bf16 and int8 weights: tokens per second on the CPU, quality.")
-    parser.add_argument("--shape", default="bloom-560m", choices=SHAPES)
+    parser = ArgumentParser(description="Compare ways to chat on the CPU: tokens per second, memory, quality.")
+    parser.add_argument("--shape", default="bloom-560m", help="the shape of the random model, as random_model has it")
     parser.add_argument("--prompt_tokens", type=int, default=60, help="random tokens before the first new one")
     parser.add_argument("--new_tokens", type=int, default=64, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3, help="how often all ways are measured, in turn")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--checkpoint", help="a trained model, to compare the ways' answers on")
     parser.add_argument("--data", help="rows to compare on, as train_sft.py takes them")
-    parser.add_argument("--rows", type=int, default=100, help="how many of them, from the first")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="the folder for the JSON")
+    parser.add_argument("--rows", type=int, default=40, help="how many of them, from the first")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for the JSON")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # the process of one way
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # and its model, or its file
     return parser.parse_args()
 
 
@@ -156,13 +240,19 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure_way(options.only, options)))
         return
+    from benchmarks import measure
+
     quality = measure_quality(options) if options.checkpoint else {}
+    folder = Path(tempfile.gettempdir(), f"benchmark_{options.shape}")
+    save_model(options.shape, folder)
     given = ["--shape", options.shape, "--prompt_tokens", options.prompt_tokens, "--new_tokens", options.new_tokens]
-    measured: dict[str, list[dict]] = {way: [] for way in WAYS}
+    folders = {way: folder for way in options.ways} | convert_first(folder, options.ways)
+    measured: dict[str, list[dict]] = {way: [] for way in options.ways}
     for turn in range(options.rounds):
-        for way in WAYS:
-            measured[way].append(measure.run_apart("benchmarks.generation", *given, "--only", way))
-            print(f"round {turn + 1}  {way:6}{measured[way][-1]['tokens_per_second']:8.1f} tokens/s", flush=True)
+        for way in options.ways:
+            result = measure.run_apart("benchmarks.generation", *given, "--folder", folders[way], "--only", way)
+            measured[way].append(result)
+            print(f"round {turn + 1}  {way:18}{result['tokens_per_second']:8.1f} tokens/s", flush=True)
     results = {way: merge(rounds) | quality.get(way, {}) for way, rounds in measured.items()}
     written = [*map(str, given), "--rounds", str(options.rounds)]
     if options.checkpoint:
@@ -172,6 +262,15 @@ def main() -> None:
     place = {"command": command, "processor": measure.processor(uses_gpu=False), "versions": measure.versions()}
     result = {**place, "results": results}
     measure.save(options.output, f"generation-{options.shape}-cpu", result, table_of(result))
+
+
+def convert_first(folder: Path, ways: list[str]) -> dict[str, Path]:
+    """Write the GGUF files, which stay in the cache: a second start is what is measured; return those of llama.cpp."""
+    from sft.chat.llama_cpp_model import converted
+
+    quantized = {way: way.removeprefix("llama.cpp ") for way in ways if way not in DTYPES}
+    files = {way: converted(str(folder), quantization) for way, quantization in quantized.items()}
+    return {way: file for way, file in files.items() if way.startswith("llama.cpp")}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
 
 from sft.chat.context import fit
-from sft.chat.remote import RemoteModel, ServerReply
+from sft.chat.remote import RemoteModel, ServerError, ServerReply
 from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
@@ -32,11 +32,12 @@ STAMP = "made_of.json"
 SMALL_FILE = 32_000_000
 CONTEXT_MULTIPLE = 256  # tokens by which llama.cpp sets memory for its context aside
 WATCHED_FILES = "*.json", "*.safetensors", "*.bin", "*.jinja"
-ORDER_OF_SAMPLERS = ["penalties", "temperature", "top_k", "top_p"]  # as for a model of transformers
+# As for a model of transformers: top_k takes the same tokens before the temperature, and leaves it fewer to look at.
+ORDER_OF_SAMPLERS = ["penalties", "top_k", "temperature", "top_p"]
 
 
 class LlamaCppModel(RemoteModel):
-    """A checkpoint in a llama.cpp of this process, which its own server makes available to this process alone."""
+    """A checkpoint in llama.cpp's server, which runs in this process and answers it alone."""
 
     batches = False
 
@@ -54,13 +55,12 @@ class LlamaCppModel(RemoteModel):
         parameters.verbosity = 0
         parameters.warmup = False
         parameters.ui = parameters.endpoint_slots = False
-        self.key = secrets.token_hex()
-        parameters.api_keys = [self.key]
+        parameters.api_keys = [secrets.token_hex()]  # its port is open to this machine's other users
         try:
             self.server = llama_cpp.package("").Server(parameters)
         except RuntimeError as error:
             raise UserError(f"llama.cpp cannot load {file}: {one_line(error)}; delete it and start again") from None
-        super().__init__(f"{self.server.listening_address}/v1", file.parent.name)
+        super().__init__("llama.cpp", file.parent.name)
         # A server that is dropped before it has answered anything waits for itself for ever.
         self.answer([" "], Sampling(max_new_tokens=1, temperature=0))
 
@@ -75,19 +75,12 @@ class LlamaCppModel(RemoteModel):
     def reply(self, messages: Sequence[dict[str, str]], sampling: Sampling = GREEDY) -> Reply:
         """Return the reply to a conversation, shortened as for a model of transformers where it does not fit."""
         prompt, sampling, turns_left_out, tokens_left_out = fit(self.encoder, messages, sampling)
-        return ServerReply(self, {"prompt": prompt}, sampling, turns_left_out, tokens_left_out)
+        return LlamaCppReply(self, {"prompt": prompt}, sampling, turns_left_out, tokens_left_out)
 
-    def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:
-        """Return the answer to a prompt as a reply that grows as it is iterated."""
-        return ServerReply(self, {"prompt": self.encoder.encode_text(prompt)}, sampling)
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers of each request."""
-        return {"Authorization": f"Bearer {self.key}"}
-
-    def asks_for_less(self) -> bool:
-        """Return False: this server understands all that is asked."""
-        return False
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY) -> Reply:
+        """Return the answer to a prompt, as text or token ids, as a reply that grows as it is iterated."""
+        ids = self.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        return LlamaCppReply(self, {"prompt": ids}, sampling)
 
     def more(self, sampling: Sampling) -> dict[str, Any]:
         """Return the rest of the sampling as llama.cpp names it.
@@ -96,10 +89,31 @@ class LlamaCppModel(RemoteModel):
         """
         return {
             **super().more(sampling),
+            "top_k": sampling.top_k if sampling.temperature else 1,
             "samplers": ORDER_OF_SAMPLERS,
             "repeat_last_n": self.encoder.max_length,
             "cache_prompt": sampling.seed is None,
         }
+
+
+class LlamaCppReply(ServerReply):
+    """A reply that llama.cpp generates; each token is handed over by a call, without a connection in between."""
+
+    def generate(self) -> None:
+        """Generate until the reply ends or is cancelled; raise ServerError for what llama.cpp refuses."""
+
+        refusals: list[ServerError] = []
+
+        def arrived(event: dict[str, Any]) -> bool:
+            try:
+                self.receive(event)
+            except ServerError as error:  # which the caller of this function would swallow
+                refusals.append(error)
+            return bool(refusals) or self._cancelled.is_set()  # at which it stops
+
+        self.model.server.handle_completions(self.model.body_of(self.asked, self.sampling), arrived)
+        if refusals:
+            raise refusals[0]
 
 
 def num_cores() -> int:

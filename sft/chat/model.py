@@ -77,8 +77,8 @@ class ChatModel:
             )
         return output[:, inputs.input_ids.shape[1] :]
 
-    def answer(self, prompts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
-        """Return the answers to several prompts, generated in one batch padded on the left."""
+    def answer(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = GREEDY) -> list[str]:
+        """Return the answers to several prompts, texts or ids, generated in one batch padded on the left."""
         return self.tokenizer.batch_decode(self.generate(prompts, sampling), skip_special_tokens=True)
 
     def stream(self, prompt: str, sampling: Sampling = GREEDY) -> Reply:

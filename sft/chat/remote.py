@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -46,17 +47,17 @@ class RemoteModel:
         url = url.rstrip("/")
         try:
             answer = httpx.get(f"{url}/models", headers=key_headers(), timeout=SECONDS_TO_CONNECT)
-            if answer.is_error:
-                raise ServerError(f"{url} does not list its models: {fault_of(answer.status_code, answer.text)}")
-            names = [each["id"] for each in answer.json()["data"]]
+            names = [each["id"] for each in answer.raise_for_status().json()["data"]]
+        except httpx.HTTPStatusError:
+            if name is None:
+                fault = fault_of(answer.status_code, answer.text)
+                raise ServerError(f"{url} does not list its models: {fault}; name one with --model") from None
+            names = [name]  # not every server has a list
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise ServerError(
-                f"{url} does not answer ({one_line(error)}); expected a server's http://HOST:PORT/v1"
-            ) from None
+            fault = f"{url} does not answer ({one_line(error)})"
+            raise ServerError(f"{fault}; expected the address of a server, http://HOST:PORT/v1") from None
         except (ValueError, KeyError, TypeError):
-            raise ServerError(
-                f"{url} is no server of models; expected an address such as http://HOST:PORT/v1"
-            ) from None
+            raise ServerError(f"{url} is no server of models; expected an address, http://HOST:PORT/v1") from None
         if name is None and len(names) == 1:
             name = names[0]
         elif name not in names:
@@ -82,15 +83,17 @@ class RemoteModel:
         return ServerReply(self, asked, sampling)
 
     def answer(self, prompts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
-        """Return the answers to several prompts, one after the other."""
-        return ["".join(self.stream(prompt, sampling)) for prompt in prompts]
+        """Return the answers to several prompts, asked at the same time if the server batches them."""
+        with ThreadPoolExecutor(len(prompts) if self.batches else 1) as pool:
+            return list(pool.map(lambda prompt: "".join(self.stream(prompt, sampling)), prompts))
 
-    def request(self, asked: dict[str, Any], sampling: Sampling) -> tuple[str, dict[str, Any]]:
-        """Return the address and the body of a request to generate."""
-        body = {
+    def body_of(self, asked: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+        """Return the body of a request to generate what is asked, a prompt or messages."""
+        return {
             **asked,
             "model": self.name,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "stop": list(STOP_MARKERS),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -98,28 +101,21 @@ class RemoteModel:
             **({} if sampling.seed is None else {"seed": sampling.seed}),
             **(self.more(sampling) if self.knows_more else {}),
         }
-        return f"{self.url}/{'chat/' if self.uses_template else ''}completions", body
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers of each request, with the key from the environment if there is one."""
-        return key_headers()
 
     def asks_for_less(self) -> bool:
         """Leave out what OpenAI's protocol lacks from now on, and say so; return whether it was asked for until now."""
         known, self.knows_more = self.knows_more, False
         if known:
-            names = "top_k, the repetition penalty and the number of tokens"
-            print(f"{self.url} does not understand all that is asked: {names} are left out", file=sys.stderr)
+            print(f"{self.url} does not know top_k and the repetition penalty, which are left out", file=sys.stderr)
         return known
 
     def more(self, sampling: Sampling) -> dict[str, Any]:
-        """Return what OpenAI's protocol lacks, by the names of llama.cpp and of vLLM, and the number of tokens."""
+        """Return what OpenAI's protocol lacks, by the names of llama.cpp and of vLLM."""
         return {
             "top_k": sampling.top_k,
             "min_p": 0.0,
             "repeat_penalty": sampling.repetition_penalty,
             "repetition_penalty": sampling.repetition_penalty,
-            "stream_options": {"include_usage": True},
         }
 
 
@@ -159,10 +155,11 @@ class ServerReply(Reply):
             reading.result()
 
     async def _read(self) -> None:
-        url, body = self.model.request(self.asked, self.sampling)
+        url = f"{self.model.url}/{'chat/' if self.model.uses_template else ''}completions"
+        body = self.model.body_of(self.asked, self.sampling)
         timeout = httpx.Timeout(SECONDS_TO_CONNECT, read=None)  # a long prompt, or a long line of others
         async with (
-            httpx.AsyncClient(timeout=timeout, headers=self.model.headers()) as client,
+            httpx.AsyncClient(timeout=timeout, headers=key_headers()) as client,
             client.stream("POST", url, json=body) as response,
         ):
             if response.is_error:
@@ -172,10 +169,10 @@ class ServerReply(Reply):
                 raise self._refusal(response)
             async for line in response.aiter_lines():
                 if line.startswith("data:") and (event := line.removeprefix("data:").strip()) != "[DONE]":
-                    self._receive(json.loads(event))
+                    self.receive(json.loads(event))
         return None
 
-    def _receive(self, event: dict[str, Any]) -> None:
+    def receive(self, event: dict[str, Any]) -> None:
         """Hand over what an event of the stream brings."""
         if "error" in event:
             raise ServerError(f"{self.model.url}: {message_of(event)}")

@@ -46,6 +46,8 @@ The prompt is in the tokenizer's chat template.
 
 {results}
 
+All that was measured on the way is in [trainer_state.json](trainer_state.json).
+
 ![loss curve](loss_curve.png)
 
 ## Licences

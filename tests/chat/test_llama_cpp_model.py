@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import constants
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.chat.load import load_chat
 from sft.chat.model import ChatModel
+from sft.chat.remote import ServerError
 from sft.chat.sampling import Sampling
 from sft.program import UserError
 
@@ -117,12 +119,26 @@ def test_a_broken_file_says_what_to_do(make_model, cache: Path):
 
 
 def test_only_this_process_may_ask(make_model):
-    import httpx
-
     chat = load_chat(str(make_model("bloom-tiny")), quantization="q8_0")
     asked = {"prompt": "一", "max_tokens": 1}
-    assert httpx.post(f"{chat.url}/completions", json=asked).status_code == 401
-    assert httpx.post(f"{chat.url}/completions", json=asked, headers=chat.headers()).status_code == 200
+    assert httpx.post(f"{chat.server.listening_address}/v1/completions", json=asked).status_code == 401
+
+
+def test_a_reply_that_is_closed_stops_and_the_next_one_is_whole(make_model):
+    chat = load_chat(str(make_model("falcon-tiny")), quantization="q8_0")
+    expected = "".join(chat.reply(QUESTION, SHORT))
+    reply = chat.reply(QUESTION, Sampling(max_new_tokens=1900, temperature=0))
+    growing = iter(reply)
+    next(growing)
+    growing.close()
+    assert reply.finish_reason == "cancelled" and reply.num_tokens < 1900
+    assert "".join(chat.reply(QUESTION, SHORT)) == expected
+
+
+def test_what_llama_cpp_refuses_is_an_error(make_model):
+    chat = load_chat(str(make_model("bloom-tiny")), quantization="q8_0")
+    with pytest.raises(ServerError, match="^llama.cpp: .*context"):
+        list(chat.stream("很" * 5000, SHORT))
 
 
 NO_TORCH = """

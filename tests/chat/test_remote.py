@@ -152,7 +152,7 @@ def test_numbers_that_a_server_does_not_know_are_left_out_and_named(server: Serv
     server.answer, model = strict, RemoteModel.connect(server.url)
     assert ["".join(model.reply(TURNS)) for _ in range(2)] == ["好", "好"]
     assert ["top_k" in body for _, body, _ in server.asked] == [True, False, False]
-    assert capsys.readouterr().err.count("top_k, the repetition penalty and the number of tokens are left out") == 1
+    assert capsys.readouterr().err.count("does not know top_k and the repetition penalty, which are left out") == 1
 
 
 def test_an_error_in_the_middle_and_a_server_that_is_gone(server: Server):
@@ -196,7 +196,7 @@ def test_a_cancelled_reply_closes_the_request_at_once(server: Server):
     [
         ([{"id": "a"}, {"id": "b"}], None, "--model is needed: give one of the models of .*: a, b"),
         ([{"id": "a"}], "c", "--model c is none of the models of .*: a"),
-        ([], None, "does not list its models: 500"),
+        ([], None, "does not list its models: 500.*; name one with --model"),
         (7, None, "is no server of models"),
     ],
 )
@@ -204,6 +204,11 @@ def test_a_model_that_is_not_there_is_refused(server: Server, models: object, na
     server.models = models
     with pytest.raises(UserError, match=said):
         load_chat(server.url, model=name)
+
+
+def test_a_server_without_a_list_takes_the_name_that_is_given(server: Server):
+    server.models, server.answer = [], lambda body: (200, streamed(body["model"]))
+    assert "".join(load_chat(server.url, model="folder/mine").stream("x")) == "folder/mine"
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/v1", "http://nowhere.invalid/v1", "http://[/v1"])

@@ -56,7 +56,7 @@ def test_memory_above_the_model_grows_with_the_row(way):
 
 @pytest.mark.slow
 def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_model: Callable[[str], Path]):
-    given = ["--shape", "bloom-tiny", "--prompt_tokens", 8, "--new_tokens", 4, "--rounds", 1, "--rows", 3]
+    given = ["--shape", "bloom-tiny", "--prompt_tokens", 8, "--new_tokens", 64, "--rounds", 1, "--rows", 3]
     printed = measured(
         "benchmarks.generation",
         *given,
@@ -69,12 +69,11 @@ def test_every_way_generates_and_its_quality_is_measured(tmp_path: Path, make_mo
     )
     name = next(tmp_path.glob("*.json")).stem
     results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
-    assert list(results) == ["fp32", "bf16", "int8"]
+    ours = ["fp32", "bf16", "q8_0", "q4_k_m"]
+    assert set(results) == {*ours, "llama.cpp q8_0", "llama.cpp q4_k_m"}
     assert all(result["tokens_per_second"] > 0 for result in results.values())
-    assert results["fp32"]["kl"] == 0
-    assert all(0 < results[way]["kl"] < 2e-3 for way in ("bf16", "int8"))
-    assert results["fp32"]["agreement"] == 1 >= results["int8"]["agreement"] > 0.9
-    assert results["bf16"]["bytes"] < results["int8"]["bytes"] < results["fp32"]["bytes"]
+    assert 0 == results["fp32"]["kl"] < results["q8_0"]["kl"] < results["q4_k_m"]["kl"] < 0.5
+    assert results["fp32"]["agreement"] == 1 >= results["q8_0"]["agreement"] > 0.9
     assert printed.count("\n| ") == 2 + len(results)
 
 
