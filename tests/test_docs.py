@@ -14,6 +14,7 @@ READMES = ["README.md", "README_zh.md"]
 GENERATED = "docs/results.md"
 PAGES = [*READMES, *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
 NOT_OURS = ("output_dir", "data_proj/opendata", "my_rows", ".venv", "bigscience/", "tiiuae/", "/path/to", "alpaca_zh")
+OF_OTHERS = {"--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"}  # lm_eval's flags
 NOT_OURS += ("http", "Content-Type", "exported", "nvme_folder")
 
 
@@ -71,7 +72,9 @@ def test_every_file_that_a_command_names_and_every_link_exists(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_module_and_variable_is_known(name, train_flags):
-    known = train_flags | {"--demo", "--all", "--checkpoint"}
+    from app import NUMBERS
+
+    known = train_flags | {"--demo", "--all", "--checkpoint"} | {f"--{name}" for name in NUMBERS} | OF_OTHERS
     programs = [*PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("sft/**/*.py"), PROJECT / "app.py"]
     programs += [PROJECT / "tests" / "conftest.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in programs)

@@ -230,4 +230,5 @@ def test_every_import_is_pinned():
         "jinja2",  # torch needs it
         "triton",  # pinned in tests/run.sh, and installed beside the rest
         "xllamacpp",  # pinned where it is asked for, and for the tests
+        *("ctranslate2", "lm_eval", "vllm"),  # pinned in benchmarks/clients.py, which installs them
     }, unpinned

@@ -24,7 +24,8 @@ from sft.chat.reply import Reply
 from sft.chat.sampling import GREEDY, Sampling
 from sft.data.encode import Encoder
 from sft.model import llama_cpp
-from sft.model.download import locate
+from sft.model.download import fetch_weights, locate
+from sft.model.folder import UNKNOWN_LENGTH, longest_context
 from sft.program import UserError, one_line
 
 STAMP = "made_of.json"
@@ -128,6 +129,8 @@ def converted(folder: str, quantization: str) -> Path:
     Raises UserError if llama.cpp is not installed or cannot compute the model.
     """
     llama_cpp.package(f"--quantize {quantization}")
+    for each in dict.fromkeys((Path(folder), base_of(Path(folder)))):
+        fetch_weights(each)
     source = Path(folder).resolve()
     name = f"{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:12]}"
     target = Path(constants.HF_HOME, "gguf", name)
@@ -172,17 +175,18 @@ def convert(folder: str, file: Path, quantization: str) -> None:
     import torch
 
     from sft.model import gguf_file, quantized
-    from sft.model.load import check_ids, load_adapter, load_config, load_tokenizer
+    from sft.model.load import load_adapter, load_config, load_tokenizer
 
     if (adapter := load_adapter(folder, torch.float32)) is not None:
         model, tokenizer = adapter
         config, weights = model.config, model.state_dict()
     else:
         config, tokenizer = load_config(folder), load_tokenizer(folder)
-        check_ids(tokenizer, config, folder)
         quantized.check_whole(folder, config, "which cannot be quantized again")
         weights = gguf_file.weights_in(Path(folder))
     unfinished = file.with_suffix(".unfinished")
     gguf_file.write(unfinished, config, tokenizer, weights, quantization, Path(folder).name)
+    if tokenizer.model_max_length > UNKNOWN_LENGTH:
+        tokenizer.model_max_length = longest_context(config.to_dict())
     tokenizer.save_pretrained(file.parent)
     unfinished.rename(file)

@@ -60,7 +60,7 @@ class RemoteModel:
             raise ServerError(f"{url} is no server of models; expected an address, http://HOST:PORT/v1") from None
         if name is None and len(names) == 1:
             name = names[0]
-        elif name not in names:
+        elif name not in names and f"{name}:latest" not in names:  # as Ollama lists it
             given = f"--model {name} is none" if name else "--model is needed: give one"
             raise UserError(f"{given} of the models of {url}: {', '.join(sorted(names)) or 'it has none'}")
         return cls(url, name, uses_template)

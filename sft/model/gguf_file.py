@@ -9,7 +9,7 @@ Symbols: V = vocabulary, D = size of a head, G = groups of query heads that shar
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,9 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sft.model import llama_cpp
+from sft.model.download import fetch_weights
 from sft.model.folder import longest_context
+from sft.model.load import check_ids, load_model
 from sft.program import UserError
 
 ARCHITECTURES = {"bloom": gguf.MODEL_ARCH.BLOOM, "falcon": gguf.MODEL_ARCH.FALCON}
@@ -58,14 +60,20 @@ def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kind: st
         raise UserError(
             f"the tokenizer of {name} is no byte-level BPE, as BLOOM's and Falcon's are; give another model"
         )
+    check_ids(tokenizer, config, name)
     if kind == "q4_k_m":
         llama_cpp.package("q4_k_m")
 
 
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a folder's safetensors files by name, still on the disk until they are read."""
-    files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
-    return {name: file.get_tensor(name) for file in files for name in file.keys()}  # noqa: SIM118
+def weights_in(folder: Path) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a model's folder by name; those of safetensors files stay there until they are read."""
+    fetch_weights(folder)
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
+    if not files:
+        return load_model(str(folder), "auto").state_dict()
+    opened = [safe_open(file, "pt") for file in files]
+    return {name: file.get_tensor(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def write(
@@ -96,7 +104,7 @@ def write(
     writer.write_ti_data_to_file()
     for new, tensor in tqdm(tensors.items(), f"writing {kind}", leave=False):
         tensor = queries_first(tensor, config) if "attn_qkv" in new else tensor
-        writer.write_tensor_data(stored(tensor, types[new]))
+        writer.write_tensor_data(stored(tensor, types[new], llama_cpp.quantized if kind == "q4_k_m" else gguf.quantize))
     writer.close()
 
 
@@ -162,13 +170,13 @@ def _mixed_type_of(name: str, config: PretrainedConfig) -> Type:
     return Type.Q4_K
 
 
-def stored(tensor: torch.Tensor, type: Type) -> np.ndarray:
-    """Return a tensor as the bytes of a type; rows are quantized in several threads, some at a time."""
+def stored(tensor: torch.Tensor, type: Type, quantize: Callable[[np.ndarray, Type], np.ndarray]) -> np.ndarray:
+    """Return a tensor as a type; what quantizes fp32 rows gets some at a time, in several threads."""
     at_once = max(1, ELEMENTS_AT_ONCE // tensor.shape[-1])
-    convert = llama_cpp.quantized if type in SMALLER_BLOCKS else gguf.quants.quantize
+    quantize = gguf.quantize if type in (Type.F32, Type.F16) else quantize
 
     def part(rows: torch.Tensor) -> np.ndarray:
-        return convert(rows.float().numpy(), type)
+        return quantize(rows.float().numpy(), type)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return np.concatenate(list(pool.map(part, tensor.split(at_once))))

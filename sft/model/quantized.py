@@ -63,7 +63,7 @@ def load(name_or_path: str, config: PretrainedConfig, loaded: Callable[[], PreTr
         reason = one_line(error).removeprefix(f"the weights of {name_or_path} cannot be loaded: ").rstrip(". ")
         raise UserError(
             f"{name_or_path} holds {method} weights, which cannot be used here: {reason}; give the model that they "
-            f"were made from, {_such_as(config)}; --quantize int8 makes it small on a CPU"
+            f"were made from, {_such_as(config)}; --quantize q8_0 makes it small on a CPU"
         ) from None
     return model
 

@@ -119,7 +119,7 @@ def export_gguf(path: str, output: str, kind: str = "f16") -> Path:
 def parts_of(folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Mapping[str, torch.Tensor]]:
     """Return a checkpoint's configuration, tokenizer and tensors by name; those of plain files stay on the disk."""
     is_plain = not any((folder / name).exists() for name in ("adapter_config.json", "latest"))
-    if is_plain and any(folder.glob("*.safetensors")):
+    if is_plain:
         config = load_config(str(folder))
         quantized.check_whole(str(folder), config, "which cannot be exported in another dtype")
         return config, load_tokenizer(str(folder)), gguf_file.weights_in(folder)

@@ -340,7 +340,8 @@ class ChatPage:
     def _streamed(self, before: Sequence[list[dict]], progress: Progress, language: str) -> Updates:
         """Return the updates that show a growing answer behind the messages before it, or the place in the queue."""
         if progress.ahead:
-            return {self.status: {"value": say(language, "waiting", ahead=progress.ahead)}}
+            words = "waiting" if self.answering.line.at_once > 1 else "waiting_in_turn"
+            return {self.status: {"value": say(language, words, ahead=progress.ahead)}}
         updates = {self.status: {"value": footer(self.labels, progress, language)}}
         for chatbot, messages, answer in zip(self.chatbots, before, progress.answers, strict=False):
             updates[chatbot] = {"value": [*messages, as_message("assistant", answer)]}

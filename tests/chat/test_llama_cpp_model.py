@@ -1,5 +1,6 @@
 """A checkpoint computed by llama.cpp: converted once, the same prompt and sampling, and what it falls back to."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -75,6 +76,14 @@ def test_a_checkpoint_is_converted_once_and_anew_when_it_has_changed(
     (folder / "config.json").touch()
     load_chat(str(folder), quantization="q4_k_m")
     assert list(files_in(cache)) == ["q4_k_m.gguf"]  # what was made of the old one is gone
+
+
+def test_a_length_that_the_tokenizer_does_not_know_is_the_models(make_model: Callable[[str], Path], tmp_path: Path):
+    folder = Path(shutil.copytree(make_model("bloom-tiny"), tmp_path / "mine"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_chat(str(folder), quantization="q8_0").encoder.max_length == 2048
 
 
 def test_an_adapter_answers_merged_into_its_base(make_model: Callable[[str], Path], tmp_path: Path):

@@ -206,6 +206,11 @@ def test_a_model_that_is_not_there_is_refused(server: Server, models: object, na
         load_chat(server.url, model=name)
 
 
+def test_a_name_without_ollamas_tag_is_its_latest(server: Server):
+    server.models = [{"id": "mine:latest"}, {"id": "other:latest"}]
+    assert str(load_chat(server.url, model="mine")) == f"mine of {server.url}"
+
+
 def test_a_server_without_a_list_takes_the_name_that_is_given(server: Server):
     server.models, server.answer = [], lambda body: (200, streamed(body["model"]))
     assert "".join(load_chat(server.url, model="folder/mine").stream("x")) == "folder/mine"

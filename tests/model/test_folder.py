@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from benchmarks.clients import CLIENTS, SkippedError, environment
 from sft.model.download import locate
-from sft.model.folder import check_files, let_others_read
+from sft.model.folder import check_files, let_others_read, longest_context, make_portable
 from sft.model.load import load_config, load_model, load_tokenizer
 from sft.program import UserError
-from support.project import PROJECT
+from support.project import PROJECT, SAMPLE
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:7d1d\nsize 1118459450\n"
 
@@ -59,6 +60,7 @@ def test_a_long_file_that_begins_like_a_pointer_is_none(tmp_path: Path):
 # As another user, after the imports, since that user may not read the installed packages.
 AS_NOBODY = """
 import os, sys
+from benchmarks.clients import CLIENTS, SkippedError, environment
 from sft.model.download import locate
 from sft.program import run_program
 os.seteuid(65534)
@@ -92,6 +94,106 @@ def test_what_may_not_be_read_is_named_with_what_its_owner_types(open_folder: Pa
         path = folder if which == "." else folder / which
         assert result.stderr.startswith(f"error: {path} cannot be read: ")
         assert result.stderr.endswith(f"its owner may type chmod -R a+rX {folder}\n")
+
+
+LISTED = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "model_max_length": 300}
+
+
+def portable(folder: Path, config: dict, tokenizer: dict) -> tuple[dict, dict]:
+    """Return both settings after a folder was made portable."""
+    for name, settings in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        (folder / name).write_text(json.dumps(settings), encoding="utf-8")
+    make_portable(folder)
+    return tuple(json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        ({"model_type": "bloom"}, {"seq_length": 2048}),
+        ({"model_type": "bloom", "seq_length": 4096}, {}),
+        ({"model_type": "falcon", "multi_query": True, "num_kv_heads": 71}, {"num_kv_heads": 1}),
+        ({"model_type": "falcon", "multi_query": False, "num_kv_heads": 71}, {}),
+        ({"model_type": "falcon", "multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 8}, {}),
+        ({"model_type": "llama", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+    ],
+)
+def test_a_configuration_has_what_other_programs_read(tmp_path: Path, config: dict, changed: dict):
+    assert portable(tmp_path, config, LISTED)[0] == {**config, **changed}
+
+
+def test_a_tokenizer_has_what_transformers_4_reads(tmp_path: Path):
+    _, settings = portable(tmp_path, {"model_type": "bloom"}, LISTED)
+    assert settings == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "extra_special_tokens": {},
+        "additional_special_tokens": ["<a>"],
+        "model_max_length": 300,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def test_an_own_class_stays_and_a_second_time_writes_nothing(tmp_path: Path):
+    _, settings = portable(tmp_path, {"model_type": "bloom"}, {"tokenizer_class": "BloomTokenizerFast"})
+    assert settings["tokenizer_class"] == "BloomTokenizerFast"
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    make_portable(tmp_path)
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+    (tmp_path / "adapter").mkdir()
+    make_portable(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").iterdir())  # an adapter has no config.json, and gets none
+
+
+def test_a_context_is_never_shorter_than_the_models_own():
+    assert longest_context({"seq_length": 4096}, 300) == 4096
+    assert longest_context({}, 300) == longest_context({}) == longest_context({}, 1e30) == 2048
+    assert longest_context({"max_position_embeddings": 2048}, 8192) == 8192
+
+
+@pytest.fixture(scope="module")
+def transformers_4() -> dict[str, str]:
+    """Return the environment of transformers 4.57.6, installed beside the other packages once."""
+    try:
+        return environment(CLIENTS["transformers_4"], Path(sys.prefix) / "clients")
+    except SkippedError as reason:
+        pytest.skip(f"transformers 4.57.6 {reason}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random", "trained", "checkpoint", "exported", "merged", "trimmed"])
+@pytest.mark.parametrize("shape", ["bloom-tiny", "falcon-tiny"])
+def test_every_folder_loads_in_transformers_4(
+    make_model, run, tmp_path: Path, cache_dir: Path, transformers_4: dict[str, str], shape: str, kind: str
+):
+    base, output = make_model(shape), tmp_path / "output"
+    train = ["train_sft.py", "--model_name_or_path", base, "--data_path", SAMPLE / "own_with_input.json"]
+    train += ["--output_dir", output, "--max_steps", 1, "--save_steps", 1, "--use_cpu", True, "--cache_dir", cache_dir]
+    commands = {
+        "trained": train,
+        "checkpoint": train,
+        "merged": [*train, "--lora_r", 4, "--merge_lora", True],
+        "exported": ["-m", "sft.tools.export", base, output],
+        "trimmed": ["-m", "sft.tools.trim_vocab", base, output, "--data", SAMPLE, "--keep_top", 300],
+    }
+    folder = {"checkpoint": output / "checkpoint-1"}.get(kind, output if kind in commands else base)
+    if kind in commands:
+        result = run(*commands[kind])
+        assert result.returncode == 0, result.stderr[-2000:]
+    prompts = ["今天天气很好。", "一二三四五六七八九十", "a"]
+    # A random Falcon lacks a pad token, as the released ones do.
+    program = "transformers_alone" if kind == "random" else "transformers_batch"
+    command = [sys.executable, "-m", "benchmarks.client_programs", program, str(folder)]
+    found = [
+        subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, cwd=PROJECT, env=each)
+        for each in (dict(os.environ), transformers_4)
+    ]
+    assert found[0].returncode == found[1].returncode == 0, found[1].stderr[-2000:]
+    assert found[0].stdout.splitlines()[-1] == found[1].stdout.splitlines()[-1]
 
 
 def test_code_that_a_base_model_names_is_not_named_by_what_is_saved(make_model: Callable[[str], Path], tmp_path: Path):

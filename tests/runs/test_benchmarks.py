@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, measure, throughput
+from benchmarks import clients, gpu, measure, throughput
 from benchmarks.throughput import Meter
 from sft.data.collate import flatten
+from sft.prompts import build_prompt
+from sft.tools.export import export
 from support.project import PROJECT, SAMPLE
 
 
@@ -206,3 +208,41 @@ def test_a_mistake_is_one_line_and_exit_code_2(module, given, expected, run):
     shape = [] if module == "gpu" else ["--shape", "bloom-tiny"]
     done = run("-m", f"benchmarks.{module}", *shape, *given)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
+
+
+def test_answers_of_other_programs_are_compared_up_to_their_end():
+    expected, letters = [[1, 2, 9], [3, 4, 5]], {1: "a", 2: "b", 3: "c", 4: "d", 5: "e"}
+
+    def decode(ids: list[int]) -> str:
+        return "".join(letters[id] for id in ids)
+
+    assert clients.num_equal(expected, [[1, 2, 9, 9, 9], [3, 4, 5]], decode, eos=9) == 2
+    assert clients.num_equal(expected, [[1, 2], [3, 4]], decode, eos=9) == 1  # the second ended too early
+    assert clients.num_equal(expected, ["ab", "cdx"], decode, eos=9) == 1
+
+
+def test_a_client_that_cannot_be_installed_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    client = clients.Client("x", "transformers_alone", ("no-such-package-at-all==1.0",))
+    with pytest.raises(clients.SkippedError, match="cannot be installed: .*no-such-package-at-all"):
+        clients.environment(client, tmp_path)
+    assert clients.environment(clients.CLIENTS["batch"], tmp_path).get("PYTHONPATH") is None
+
+
+@pytest.mark.slow
+def test_the_task_of_the_evaluation_harness_runs_on_a_folder(make_model: Callable[[str], Path], tmp_path: Path):
+    try:
+        environment = clients.environment(clients.CLIENTS["lm_eval"], Path(sys.prefix) / "clients")
+    except clients.SkippedError as reason:
+        pytest.skip(f"lm-eval {reason}")
+    export(str(make_model("bloom-tiny")), str(tmp_path / "mine"))  # with the chat template, which a base model lacks
+    given = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'mine'},dtype=float32", "--device", "cpu"]
+    given += ["--include_path", "benchmarks/lm_eval", "--tasks", "chinese_sample", "--apply_chat_template"]
+    command = [sys.executable, "-m", "lm_eval", *given, "--limit", "3", "--output_path", str(tmp_path), "--log_samples"]
+    environment |= {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [samples] = tmp_path.rglob("samples_chinese_sample*.jsonl")
+    asked = [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in samples.read_text().splitlines()]
+    rows = [json.loads(line) for line in (SAMPLE / "Belle_open_source_1M.json").read_text().splitlines()]
+    assert asked == [build_prompt(row["instruction"]) for row in rows[:3]]

@@ -121,11 +121,12 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
     assert large - small < 25e6
 
 
-def test_answers_come_from_a_tiny_checkpoint(monkeypatch, make_model, tmp_path):
+@pytest.mark.parametrize("quantize", ["none", "q8_0"])
+def test_answers_come_from_a_tiny_checkpoint(monkeypatch, make_model, tmp_path, quantize: str):
     folder = make_model("falcon-tiny")
-    printed = execute(
-        "infer.ipynb", monkeypatch, CHECKPOINT=folder, BASE=folder, HELD_OUT=SAMPLE, NUM_HELD_OUT=3, MAX_NEW_TOKENS=4
-    )
+    given = {"CHECKPOINT": folder, "BASE": folder, "HELD_OUT": SAMPLE, "NUM_HELD_OUT": 3, "MAX_NEW_TOKENS": 4}
+    printed = execute("infer.ipynb", monkeypatch, **given, QUANTIZE=quantize, HF_HOME=tmp_path)
+    assert f"{folder}: {'falcon, ' if quantize == 'none' else 'q8_0 by llama.cpp, cpu'}" in printed
     assert printed.count("微调后") == 3
     before, after = printed.splitlines()[-1].replace(",", "").split("loss ")[1].split()[::2]
     assert before == after and float(before) > 5

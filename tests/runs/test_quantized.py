@@ -22,9 +22,10 @@ PROGRAMS = {
     "LoRA": [*TRAIN, "--lora_r", "4"],
     "the plan": [*TRAIN, "--plan"],
     "the terminal": ["-m", "sft.chat", "{folder}"],
-    "the terminal in 8 bits": ["-m", "sft.chat", "--quantize", "int8", "{folder}"],
+    "the terminal in 8 bits": ["-m", "sft.chat", "--quantize", "q8_0", "{folder}"],
     "a smaller vocabulary": ["-m", "sft.tools.trim_vocab", "--data", SAMPLE, "{folder}", "{output}"],
     "the export": ["-m", "sft.tools.export", "{folder}", "{output}"],
+    "a GGUF file": ["-m", "sft.tools.export", "{folder}", "{output}.gguf"],
     "the page": ["app.py", "--port", "{port}", "--checkpoint", "{folder}"],
 }
 
