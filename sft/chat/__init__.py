@@ -1,4 +1,4 @@
-"""A checkpoint that answers: the model, how a token is drawn, the reply as it grows, and the chat in the terminal.
+"""What answers: a model in this process, llama.cpp or a server; how a token is drawn, the growing reply, the terminal.
 
 Nothing here knows about browsers, other visitors or training.
 """

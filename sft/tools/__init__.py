@@ -1,4 +1,4 @@
-"""Commands on model folders: a random model, a plain folder out of a checkpoint, a smaller vocabulary.
+"""Commands on model folders: a random model, a plain folder or a GGUF file, a smaller vocabulary, answers side by side.
 
 Each module is one command, python -m sft.tools.NAME; what two of them need belongs to a room below.
 """
