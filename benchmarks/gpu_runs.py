@@ -62,7 +62,7 @@ def options_for(shape: str, given: Given, **changed: object) -> Namespace:
     """Return what `benchmarks.throughput` is told on its command line."""
     usual = {"max_length": 256 if given.is_tiny else 2048, "warmup": 2, "steps": 2 if given.is_tiny else 8}
     usual |= {"checkpointing": False, "compile_blocks": False, "torch_compile": False}
-    usual |= {"vocab_size": None, "tokenizer": None, "rows": 1}
+    usual |= {"vocab_size": None, "tokenizer": None, "rows": 1, "batch": 8}
     return Namespace(shape=shape, data=given.data, **{**usual, **changed})
 
 

@@ -65,7 +65,12 @@ def longest_context(config: dict[str, Any], model_max_length: float | None = Non
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Return the settings in a file; nothing where there is none, or it holds something else."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _write(file: Path, settings: dict[str, Any]) -> None:

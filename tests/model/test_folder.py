@@ -149,6 +149,14 @@ def test_an_own_class_stays_and_a_second_time_writes_nothing(tmp_path: Path):
     assert not list((tmp_path / "adapter").iterdir())  # an adapter has no config.json, and gets none
 
 
+@pytest.mark.parametrize("text", ["{ not JSON", "[1]", ""])
+def test_a_file_that_holds_no_settings_stays_as_it_is(tmp_path: Path, text: str):
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(text)
+    make_portable(tmp_path)
+    assert {file.read_text() for file in tmp_path.iterdir()} == {text}
+
+
 def test_a_context_is_never_shorter_than_the_models_own():
     assert longest_context({"seq_length": 4096}, 300) == 4096
     assert longest_context({}, 300) == longest_context({}) == longest_context({}, 1e30) == 2048

@@ -164,6 +164,13 @@ def test_queries_come_first_then_keys_then_values(groups: int, heads: int):
     assert torch.equal(gguf_file.queries_first(fused, config), expected)
 
 
+def test_a_falcon_of_one_key_has_one_whatever_transformers_has_saved():
+    saved = {"num_attention_heads": 4, "num_kv_heads": 4}
+    assert gguf_file.num_groups(FalconConfig(**saved, multi_query=True)) == 1
+    assert gguf_file.num_groups(FalconConfig(**saved, multi_query=False)) == 4
+    assert gguf_file.num_groups(FalconConfig(num_kv_heads=2, num_attention_heads=4, new_decoder_architecture=True)) == 2
+
+
 BLOOM = BloomConfig(hidden_size=1024, n_layer=24, n_head=16)
 FALCON = FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71)
 

@@ -122,7 +122,8 @@ def test_page_opens_whatever_proxy_the_machine_has(make_model: Callable[[str], P
         command, cwd=PROJECT, env={**os.environ, **proxies}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        process.stdout.readline(), process.stdout.readline()
+        for _ in range(3):
+            process.stdout.readline()
         with httpx.Client(trust_env=False) as client:
             wait_until(lambda: client.get(f"http://127.0.0.1:{port}/config").status_code == 200, process)
     finally:
@@ -144,6 +145,7 @@ def test_page_that_listens_asks_for_the_password(make_model: Callable[[str], Pat
     )
     try:
         assert ": bloom, " in process.stdout.readline()  # the model is loaded
+        assert process.stdout.readline().startswith("one question is answered at a time")
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()
         assert status_of(port, "/config", {}) == 401
         cookies = log_in(port, *secret.split(":"))
