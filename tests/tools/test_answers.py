@@ -65,6 +65,7 @@ def test_a_file_without_questions_is_refused(tmp_path: Path):
         ("北京是首都", "首都是北京", False, 1.0),  # order aside
         ("北京", "北京市", False, 0.8),  # 2 * 2 / (2 + 3)
         ("aab", "abb", False, 2 * 2 / 6),
+        ("aab", "aac", False, 2 * 2 / 6),  # each as often as both have it
         ("", "好", False, 0.0),
         ("。", "，", True, 1.0),
         ("3+4=7", "3 + 4 = 7", True, 1.0),
