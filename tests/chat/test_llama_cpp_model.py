@@ -9,16 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from sft.chat.load import load_chat
 from sft.chat.model import ChatModel
 from sft.chat.remote import ServerError
 from sft.chat.sampling import Sampling
 from sft.program import UserError
+from support.adapters import save_adapter_and_merged
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
 SHORT = Sampling(max_new_tokens=8, temperature=0)
@@ -88,14 +86,7 @@ def test_a_length_that_the_tokenizer_does_not_know_is_the_models(make_model: Cal
 
 
 def test_an_adapter_answers_merged_into_its_base(make_model: Callable[[str], Path], tmp_path: Path):
-    base = AutoModelForCausalLM.from_pretrained(make_model("bloom-tiny"), dtype=torch.float32)
-    settings = LoraConfig(r=4, init_lora_weights=False, target_modules=["query_key_value"], task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, settings)
-    adapted.peft_config["default"].base_model_name_or_path = str(make_model("bloom-tiny"))
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    for file in make_model("bloom-tiny").glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "merged")
+    save_adapter_and_merged(make_model("bloom-tiny"), tmp_path)
     found = [
         load_chat(str(tmp_path / name), quantization="q8_0").answer(["一二三"], SHORT) for name in ("adapter", "merged")
     ]

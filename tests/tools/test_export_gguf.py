@@ -1,16 +1,14 @@
 """GGUF files out of checkpoints: what is beside them, adapters, and what is refused."""
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGUFReader, dequantize
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+
+from support.adapters import save_adapter_and_merged
 
 WEIGHTS = "model.safetensors"
 
@@ -41,14 +39,7 @@ def test_a_gguf_file_comes_with_what_ollama_needs(run, make_model, tmp_path: Pat
 
 
 def test_an_adapter_is_merged_on_the_way(run, make_model, tmp_path: Path):
-    base = AutoModelForCausalLM.from_pretrained(make_model("falcon-tiny"), dtype=torch.float32)
-    settings = LoraConfig(r=4, init_lora_weights=False, target_modules=["query_key_value"], task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, settings)
-    adapted.peft_config["default"].base_model_name_or_path = str(make_model("falcon-tiny"))
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    for file in make_model("falcon-tiny").glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "merged")
+    save_adapter_and_merged(make_model("falcon-tiny"), tmp_path)
     for name in ("adapter", "merged"):
         result = run("-m", "sft.tools.export", tmp_path / name, tmp_path / f"{name}.gguf", "--dtype", "f32")
         assert result.returncode == 0, result.stderr
