@@ -102,12 +102,11 @@ class RemoteModel:
             **(self.more(sampling) if self.knows_more else {}),
         }
 
-    def asks_for_less(self) -> bool:
-        """Leave out what OpenAI's protocol lacks from now on, and say so; return whether it was asked for until now."""
-        known, self.knows_more = self.knows_more, False
-        if known:
+    def ask_for_less(self) -> None:
+        """Leave out what OpenAI's protocol lacks from now on, and say so once."""
+        if self.knows_more:
             print(f"{self.url} does not know top_k and the repetition penalty, which are left out", file=sys.stderr)
-        return known
+        self.knows_more = False
 
     def more(self, sampling: Sampling) -> dict[str, Any]:
         """Return what OpenAI's protocol lacks, by the names of llama.cpp and of vLLM."""
@@ -156,7 +155,7 @@ class ServerReply(Reply):
 
     async def _read(self) -> None:
         url = f"{self.model.url}/{'chat/' if self.model.uses_template else ''}completions"
-        body = self.model.body_of(self.asked, self.sampling)
+        asks_for_more, body = self.model.knows_more, self.model.body_of(self.asked, self.sampling)
         timeout = httpx.Timeout(SECONDS_TO_CONNECT, read=None)  # a long prompt, or a long line of others
         async with (
             httpx.AsyncClient(timeout=timeout, headers=key_headers()) as client,
@@ -164,7 +163,8 @@ class ServerReply(Reply):
         ):
             if response.is_error:
                 await response.aread()
-                if response.status_code in NOT_UNDERSTOOD and self.model.asks_for_less():
+                if response.status_code in NOT_UNDERSTOOD and asks_for_more:
+                    self.model.ask_for_less()
                     return await self._read()
                 raise self._refusal(response)
             async for line in response.aiter_lines():

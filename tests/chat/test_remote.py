@@ -155,6 +155,19 @@ def test_numbers_that_a_server_does_not_know_are_left_out_and_named(server: Serv
     assert capsys.readouterr().err.count("does not know top_k and the repetition penalty, which are left out") == 1
 
 
+def test_of_several_at_once_each_is_asked_again(server: Server, capsys: pytest.CaptureFixture):
+    together = threading.Barrier(4)
+
+    def strict(body: dict) -> tuple[int, list[str]]:
+        if "top_k" not in body:
+            return 200, streamed("好")
+        together.wait(20)  # all have asked before one is refused
+        return 422, ['{"detail": "Unexpected keys: top_k"}']
+
+    server.answer, model = strict, RemoteModel.connect(server.url)
+    assert model.answer(["a"] * 4) == ["好"] * 4 and capsys.readouterr().err.count("left out") == 1
+
+
 def test_an_error_in_the_middle_and_a_server_that_is_gone(server: Server):
     server.answer = lambda body: (200, [event(text="好"), 'data: {"error": {"message": "out of memory"}}'])
     model = RemoteModel.connect(server.url)
